@@ -1,0 +1,35 @@
+"""What can go wrong, for people.
+
+FulguriteError
+├── RequestError          the request asks for what cannot be: says which parameter
+│   └── UnknownModelError no such model: names those there are
+└── WeightsError          the weights cannot be used: says which file and tensor
+    └── NotPulledError    the weights are not on this machine: says how to pull them
+"""
+
+
+class FulguriteError(Exception):
+    """Anything that this program reports to people in one line."""
+
+
+class RequestError(FulguriteError):
+    """A request that cannot be drawn; ``param`` names the parameter."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """No card has this id."""
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        super().__init__(f"There is no model {model!r} here. There are: {', '.join(known)}.", "model")
+
+
+class WeightsError(FulguriteError):
+    """A file of weights is missing a tensor, has one too many, or is damaged."""
+
+
+class NotPulledError(WeightsError):
+    """The model's weights are not on this machine yet."""

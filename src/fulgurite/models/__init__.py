@@ -1,0 +1,8 @@
+"""The networks: SDXL's UNet, VAE, CLIP text encoders and tokenizer. They import torch and know nobody."""
+
+from fulgurite.models.clip import CLIPTextConfig, CLIPTextEncoder
+from fulgurite.models.tokenizer import Tokenizer
+from fulgurite.models.unet import UNet, UNetConfig
+from fulgurite.models.vae import VAE, VAEConfig
+
+__all__ = ["VAE", "CLIPTextConfig", "CLIPTextEncoder", "Tokenizer", "UNet", "UNetConfig", "VAEConfig"]

@@ -1,0 +1,16 @@
+"""A model's networks, together."""
+
+from dataclasses import dataclass
+
+from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything between a prompt and its pixels, on one device."""
+
+    tokenizers: tuple[Tokenizer, Tokenizer]
+    text_encoders: tuple[CLIPTextEncoder, CLIPTextEncoder]
+    unet: UNet
+    vae: VAE
+    prediction: str  # what the UNet predicts: "epsilon", "v" or "x0"
