@@ -3,6 +3,7 @@
 FulguriteError
 ├── RequestError          the request asks for what cannot be: says which parameter
 │   └── UnknownModelError no such model: names those there are
+├── BusyError             no room for more work now: says when to come back
 └── WeightsError          the weights cannot be used: says which file and tensor
     └── NotPulledError    the weights are not on this machine: says how to pull them
 """
@@ -33,3 +34,11 @@ class WeightsError(FulguriteError):
 
 class NotPulledError(WeightsError):
     """The model's weights are not on this machine yet."""
+
+
+class BusyError(FulguriteError):
+    """The engine takes no more work now; ``retry_after`` is in how many seconds it may."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,0 +1,221 @@
+"""The command line. torch, the server and the networks are imported by the commands that need them: help is quick."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fulgurite.errors import FulguriteError
+
+if TYPE_CHECKING:
+    from fulgurite import Picture, Request
+    from fulgurite.engine import Drawer
+    from fulgurite.parameters import Parameters
+
+SPARK = "fulgurite/spark"
+FLAGS = {"height": "--size", "width": "--size", "num_steps": "--steps", "negative_prompt": "--negative"}
+
+
+class Commands(TyperGroup):
+    """Ends in one line, not a traceback, where the user can do something about it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FulguriteError as error:
+            fail(str(error))
+
+
+def fail(message: str) -> None:
+    typer.secho(f"Error: {printable(message)}", fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: arguments may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+
+
+@app.callback()
+def main() -> None:
+    """From a prompt to a picture in one to eight steps, on your own machine."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("output.png"),
+    model: Annotated[str, typer.Option(help="The model's id; `fulgurite models` lists them.")] = SPARK,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, 256 to 2048 each; else the model's own.")] = None,
+    steps: Annotated[int, typer.Option(help="The most steps to spend, 1 to 20.")] = 20,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same file; else a random one.")] = None,
+    negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    guidance: Annotated[float, typer.Option(help="Higher follows the prompt more closely, 0 to 30.")] = 7.5,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many pictures, with seeds counting up.")] = 1,
+) -> None:
+    """Draws a picture into a file."""
+    files = output_files(output, count)
+    given = {"prompt": prompt, "negative_prompt": negative, "num_steps": steps, "guidance": guidance}
+    if seed is not None:
+        given["seed"] = seed
+    if size is not None:
+        given["width"], given["height"] = parsed_size(size)
+    checked(given)  # before torch is imported: a mistake is told at once
+
+    from fulgurite import Request
+    from fulgurite.cards import card
+    from fulgurite.engine import Loader
+    from fulgurite.settings import read_settings
+
+    settings = read_settings()
+    shapes = card(model).native_shapes
+    if size is None and shapes:
+        given["width"], given["height"] = shapes[0]
+    first = checked(given)
+    checked(given | {"seed": first.seed + count - 1})
+    pipeline = Loader(settings.device)(model, steps)
+    for i, file in enumerate(files):
+        request = Request(**first.model_dump() | {"seed": first.seed + i})
+        save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)
+
+
+def output_files(output: Path, count: int) -> list[Path]:
+    """fox.png, or fox-1.png, fox-2.png and so on. Fails where they could not be written."""
+    if output.suffix.lower() != ".png":
+        raise FulguriteError(f"--output: pictures are PNG files: name it {output.with_suffix('.png').name}.")
+    if not output.parent.is_dir():
+        raise FulguriteError(f"--output: there is no folder {output.parent}.")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise FulguriteError(f"--output: {output} cannot be written.")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
+
+
+def parsed_size(size: str) -> tuple[int, int]:
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(size) < 20):
+        raise FulguriteError(f"--size: {size!r} is not WIDTHxHEIGHT, such as 512x512.")
+    return int(width), int(height)
+
+
+def checked(given: dict[str, Any]) -> "Parameters":
+    """The parameters within the bounds of the API, or an error that names the flag."""
+    from pydantic import ValidationError
+
+    from fulgurite.parameters import Parameters, explain
+
+    try:
+        return Parameters(**given)
+    except ValidationError as error:
+        name, message = explain(error)
+        raise FulguriteError(f"{FLAGS.get(name, name)}: {message}") from None
+
+
+def draw(pipeline: "Drawer", request: "Request", title: str) -> "Picture":
+    """Draws, showing each step on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        return pipeline.draw(request, lambda done, steps: progress.update(task, completed=done, total=steps))
+
+
+def save(picture: "Picture", file: Path) -> None:
+    """Writes the file and says so: its path on standard output, for scripts; the rest beside it, for people."""
+    from fulgurite.picture_file import png_bytes
+
+    try:
+        file.write_bytes(png_bytes(picture))
+    except OSError as error:
+        raise FulguriteError(f"Cannot write {file}: {error.strerror}.") from None
+    sys.stdout.flush()
+    typer.echo(printable(str(file)))
+    request = picture.request
+    how = f"{request.width}x{request.height}, {picture.steps} steps, seed {request.seed}, {picture.model}"
+    typer.secho("; ".join([f"  {how}, {picture.seconds:.1f} s", *picture.notes]), dim=True, err=True)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port; 0: any free one.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be repeated. Else all.")] = None,
+    demo: Annotated[
+        bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
+    ] = None,
+) -> None:
+    """Serves the hosted API."""
+    import uvicorn
+
+    from fulgurite.engine import Engine, Loader
+    from fulgurite.server import api_key, create_app
+    from fulgurite.server.app import DEMO, demo_notice
+    from fulgurite.settings import read_settings
+
+    settings = read_settings(host=host, port=port, models=tuple(model) if model else None, demo=demo)
+    key_hash, new_key = api_key(settings)
+    engine = Engine(Loader(settings.device), settings.queue_size)
+    config = uvicorn.Config(
+        create_app(engine, settings, key_hash), settings.host, settings.port, timeout_graceful_shutdown=30
+    )
+    listener = config.bind_socket()  # says what is wrong, and exits, where it cannot
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
+    if new_key:
+        say(f"Your API key, shown this once: {new_key}")
+    if settings.demo:
+        for asked in DEMO:
+            say(demo_notice(asked))
+    try:
+        uvicorn.Server(config).run([listener])
+    finally:
+        engine.close()
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="The model's id; `fulgurite models` lists them.")],
+    steps: Annotated[str | None, typer.Option(help="The schedules to pull, such as 2,4; else all.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="The small LoRA files, on SDXL's own UNet.")] = False,
+) -> None:
+    """Downloads a model's weights from the hub, into the hub's own cache."""
+    from fulgurite.cards import card
+    from fulgurite.weights import hub
+
+    of_model = card(model)
+    asked = steps.split(",") if steps is not None else [str(n) for n in of_model.schedules]
+    if unknown := set(asked) - {str(n) for n in of_model.schedules}:
+        there_are = ",".join(str(n) for n in of_model.schedules) or "no schedules to choose from"
+        raise FulguriteError(f"--steps: {model} has {there_are}, not {','.join(sorted(unknown))}.")
+    hub.pull(of_model, tuple(int(n) for n in asked), use_lora=lora)
+
+
+@app.command()
+def models() -> None:
+    """Lists the models there are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fulgurite.cards import cards
+
+    table = Table("id", "steps", "weights", "what it is", box=None)
+    table.columns[0].no_wrap = True
+    for card in cards().values():
+        steps = ", ".join(str(n) for n in card.schedules) or "1 to 20"
+        origin = "inside" if card.weights["source"] == "embedded" else f"fulgurite pull {card.id}"
+        table.add_row(card.id, steps, origin, card.description)
+    Console().print(table)

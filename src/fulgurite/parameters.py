@@ -1,0 +1,40 @@
+"""The parameters of one picture, as the hosted API names and bounds them: one place for server and command line."""
+
+import secrets
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+LONGEST_PROMPT = 100_000  # characters; what the text encoders cannot read of it is cut, and a note says so
+
+
+class Parameters(BaseModel):
+    """What one picture is asked to be. Strict: nothing is converted, and nothing unknown is ignored."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    prompt: str = Field(min_length=2, max_length=LONGEST_PROMPT, description="What to draw.")
+    negative_prompt: str = Field("", max_length=LONGEST_PROMPT, description="What to avoid.")
+    height: int = Field(1024, ge=256, le=2048, description="Pixels.")
+    width: int = Field(1024, ge=256, le=2048, description="Pixels.")
+    num_steps: int = Field(20, ge=1, le=20, description="The most steps to spend.")
+    guidance: float = Field(
+        7.5, ge=0, le=30, allow_inf_nan=False, description="Higher follows the prompt more closely."
+    )
+    seed: int = Field(
+        default_factory=lambda: secrets.randbits(32),
+        ge=0,
+        le=2**64 - 1,
+        description="The same seed gives the same picture; left out, a random one.",
+    )
+
+
+def explain(error: ValidationError) -> tuple[str, str]:
+    """The first thing wrong: the parameter's dotted name, and a sentence for people."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    name = name if len(name) <= 100 else name[:100] + "..."
+    if first["type"] == "extra_forbidden":
+        return name, f"There is no parameter {name!r}. It would be ignored, so it is refused."
+    if first["type"] == "missing":
+        return name, f"{name} is required."
+    return name, f"{name}: {first['msg']}." if name else f"{first['msg']}."

@@ -1,0 +1,59 @@
+"""The body of ``POST /api/v1``: read within a bound, and checked to the last field."""
+
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+
+from fulgurite.parameters import Parameters, explain
+from fulgurite.server.problems import Problem
+
+
+class PictureBody(BaseModel):
+    """A model, and what it shall draw."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    model: str = Field(max_length=200, description="The model's id.")
+    data: Parameters
+
+
+def body_schema() -> dict[str, Any]:
+    """The body for OpenAPI, in one piece."""
+    schema = PictureBody.model_json_schema()
+    schema["properties"]["data"] = schema.pop("$defs")["Parameters"]
+    return schema
+
+
+async def read_body(http: Request, most: int) -> PictureBody:
+    """Reads and checks the body. Raises Problem: 413, 415, 400 or 422."""
+    kind = http.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise Problem(415, "unsupported_media_type", "Send JSON, with Content-Type: application/json.")
+    raw = await read_bytes(http, most)
+    try:
+        # Pydantic's own JSON reader is strict where Python's is not: UTF-8 only, no lone surrogates, bounded depth.
+        return PictureBody.model_validate_json(raw)
+    except ValidationError as error:
+        param, message = explain(error)
+        if error.errors(include_input=False)[0]["type"] == "json_invalid":
+            raise Problem(400, "invalid_json", message) from None
+        raise Problem(422, "invalid_parameter", message, param or None) from None
+
+
+async def read_bytes(http: Request, most: int) -> bytes:
+    """The body's bytes; no more than ``most`` are ever held, whether or not its length was announced."""
+    too_large = Problem(413, "body_too_large", f"The body may have at most {most} bytes.")
+    length = http.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > most:
+                raise too_large
+    except ClientDisconnect:
+        raise Problem(400, "client_gone", "The body ended early.") from None
+    return bytes(body)

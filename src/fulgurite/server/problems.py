@@ -1,0 +1,111 @@
+"""Everything that can go wrong, as ``{"error": {"code", "message", "param"}}`` with the right status."""
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fulgurite.errors import BusyError, NotPulledError, RequestError, UnknownModelError, WeightsError
+
+log = logging.getLogger("fulgurite")
+
+
+class Problem(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers
+
+    def response(self) -> Response:
+        body = {"error": {"code": self.code, "message": self.message, "param": self.param}}
+        # ASCII, because a message may quote what cannot be encoded as UTF-8.
+        return Response(json.dumps(body), self.status, self.headers, media_type="application/json")
+
+
+def problem(error: Exception) -> Problem:
+    """What an exception means to the client."""
+    match error:
+        case Problem():
+            return error
+        case UnknownModelError():
+            return Problem(404, "unknown_model", str(error), error.param)
+        case RequestError():
+            return Problem(422, "invalid_parameter", str(error), f"data.{error.param}")
+        case BusyError():
+            return Problem(503, "busy", str(error), headers={"Retry-After": str(error.retry_after)})
+        case NotPulledError():
+            return Problem(503, "not_pulled", str(error), "model")
+        case WeightsError():
+            return Problem(503, "weights_unusable", str(error), "model")
+        case HTTPException(status_code=404):
+            return Problem(404, "not_found", "There is nothing at this address. Pictures are made by POST /api/v1.")
+        case HTTPException(status_code=405):
+            return Problem(405, "method_not_allowed", "This address takes another method.", headers=error.headers)
+        case HTTPException():
+            return Problem(error.status_code, "http_error", str(error.detail), headers=error.headers)
+        case _:
+            return Problem(500, "internal_error", "Something broke here. The log has more under this X-Request-Id.")
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Turns the exceptions that are meant for clients into answers."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return problem(error).response()
+
+    for kind in (Problem, RequestError, BusyError, WeightsError, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+
+class Envelope:
+    """Gives every answer an ``X-Request-Id``, and makes of a bug a 500 that can be found in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id, started = uuid.uuid4().hex, False
+
+        async def tagged(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tagged)
+        except Exception as error:
+            log.exception("request %s failed", request_id)
+            if started:
+                raise
+            await problem(error).response()(scope, receive, tagged)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: these statuses, all of the one shape."""
+    text = {"type": "string"}
+    shape = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["code", "message", "param"],
+                "properties": {"code": text, "message": text, "param": {"type": ["string", "null"]}},
+            }
+        },
+    }
+    return {status: {"description": "Error", "content": {"application/json": {"schema": shape}}} for status in statuses}

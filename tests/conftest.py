@@ -1,0 +1,105 @@
+"""What several tests share: an own home for each, a fake engine, and a tiny pipeline with random weights."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from fulgurite import Picture, Pipeline, Request
+from fulgurite.cards import card
+from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
+from fulgurite.models.tokenizer import END, START
+from fulgurite.server import create_app
+from fulgurite.server.key import hashed
+from fulgurite.settings import read_settings
+from fulgurite.weights import Networks
+
+SPARK, LIGHTNING = "fulgurite/spark", "bytedance/stable-diffusion-xl-lightning"
+KEY = "the-key-of-these-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+HAS_WEIGHTS = any(f.name.endswith(".safetensors") for f in Path(str(resources.files("fulgurite"))).glob("embedded/**/*"))
+needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded weights are not there")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's own settings and state."""
+    for name in [name for name in os.environ if name.startswith("FULGURITE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FULGURITE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def drawn(model: str, request: Request, notes: tuple[str, ...] = ()) -> Picture:
+    """A picture without a network."""
+    image = Image.new("RGB", (request.width, request.height), "orange")
+    return Picture(image, request, model, request.num_steps, image.size, 0.1, notes)
+
+
+class FakeEngine:
+    """Answers at once with a plain picture, or with what ``answer`` gives or raises; held, not at all."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[str, Request], Picture] = drawn
+        self.jobs: list[tuple[str, Request]] = []
+        self.held = False
+        self.submitted, self.cancelled = threading.Event(), threading.Event()
+
+    def submit(self, model: str, request: Request) -> Future[Picture]:
+        self.jobs.append((model, request))
+        job: Future[Picture] = Future()
+        if not self.held:
+            try:
+                job.set_result(self.answer(model, request))
+            except Exception as error:
+                job.set_exception(error)
+        self.submitted.set()
+        return job
+
+    def cancel(self, job: Future[Picture]) -> None:
+        job.cancel()
+        self.cancelled.set()
+
+    def stats(self) -> dict[str, int]:
+        return {"queued": 0, "running": 0, "done": len(self.jobs), "failed": 0}
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[TestClient]:
+    """The server over the fake engine, with the key sent."""
+    app = create_app(engine, read_settings(), hashed(KEY.encode()))
+    with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
+        yield client
+
+
+def body(**data: object) -> dict[str, object]:
+    """A good request, with these parameters."""
+    return {"model": SPARK, "data": {"prompt": "a red fox", "height": 256, "width": 256} | data}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Pipeline:
+    """The real way from prompt to pixels, over networks far too small and random to draw anything."""
+    torch.manual_seed(0)
+    byte_tokens = sorted({chr(33 + i) for i in range(94)} | {chr(161 + i) for i in range(163)})
+    tokens = [*byte_tokens, *(token + "</w>" for token in byte_tokens), START, END]
+    tokenizer = Tokenizer({token: i for i, token in enumerate(tokens)}, [], length=16)
+    text = CLIPTextConfig(len(tokens), 16, 32, 2, 2, 16, "gelu", None, len(tokens) - 1)
+    unet = UNetConfig(4, 4, (16, 32), 1, (0, 1), 8, 32, 8, 16, 8)
+    vae = VAEConfig(3, 4, (8, 8, 8), 1, 8, 1.0)
+    small = replace(card(SPARK), unet=unet, vae=vae, text_encoders=(text, replace(text, projection_dim=16)))
+    encoders = CLIPTextEncoder(small.text_encoders[0]), CLIPTextEncoder(small.text_encoders[1])
+    return Pipeline(small, Networks((tokenizer, tokenizer), encoders, UNet(unet), VAE(vae), "v"))
