@@ -1,13 +1,42 @@
 """Model cards: one TOML file a model. Adding a model is adding a card."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from fulgurite.errors import UnknownModelError
 from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository on the hub, at one revision of it."""
+
+    repo: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights come from; read by fulgurite.weights."""
+
+    source: str  # "embedded" in the package, pulled from the "hub", or "local": files of this machine
+
+    # "hub"
+    base: Repo | None = None  # the text encoders, the tokenizers, and the UNet that a LoRA is merged into
+    vae: Repo | None = None
+    distilled: Repo | None = None
+    unets: dict[str, str] = field(default_factory=dict)  # steps to the file made for them; "_x0" in a name: predicts x0
+    loras: dict[str, str] = field(default_factory=dict)
+
+    # "local"
+    path: str = ""  # a folder as diffusers publishes it, or a whole single file
+    unet_file: str = ""  # instead of the UNet in path
+    vae_file: str = ""  # instead of the VAE in path
+    lora_file: str = ""  # merged into the UNet
+    tokenizers: str = ""  # the folder that holds tokenizer/ and tokenizer_2/; needed with a single file
 
 
 @dataclass(frozen=True)
@@ -30,7 +59,7 @@ class Card:
     unet: UNetConfig
     vae: VAEConfig
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
-    weights: dict[str, Any]  # where the weights come from, read by fulgurite.weights
+    weights: Weights
 
     def steps_for(self, most: int) -> int:
         """The steps run when a request allows ``most``: the largest schedule that fits."""
@@ -45,9 +74,18 @@ def parse(text: str) -> Card:
     """Reads one card's TOML; a missing or unknown field is a TypeError that names it."""
     table = tomllib.loads(text)
     first, second = (CLIPTextConfig(**frozen(table.pop(key))) for key in ("text_encoder", "text_encoder_2"))
+    weights = table.pop("weights")
+    weights |= {key: Repo(**weights[key]) for key in ("base", "vae", "distilled") if key in weights}
     unet, vae = UNetConfig(**frozen(table.pop("unet"))), VAEConfig(**frozen(table.pop("vae")))
     shapes = tuple(tuple(shape) for shape in table.pop("native_shapes"))
-    return Card(unet=unet, vae=vae, text_encoders=(first, second), native_shapes=shapes, **frozen(table))
+    return Card(
+        unet=unet,
+        vae=vae,
+        text_encoders=(first, second),
+        native_shapes=shapes,
+        weights=Weights(**weights),
+        **frozen(table),
+    )
 
 
 @cache

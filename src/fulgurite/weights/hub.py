@@ -1,0 +1,148 @@
+"""A model's files from the hub, into the hub library's own cache, which other tools share."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import tqdm
+
+from fulgurite.cards import Card, Repo
+from fulgurite.errors import FulguriteError, NotPulledError
+from fulgurite.weights.files import Files
+
+TOKENIZERS = tuple(
+    f"{folder}/{name}"
+    for folder in ("tokenizer", "tokenizer_2")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
+)
+TEXT_ENCODERS = ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors")
+BASE_UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
+VAE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository."""
+
+    repo: Repo
+    name: str
+
+    def cached(self) -> Path | None:
+        """Where it is on this machine, if it is."""
+        path = try_to_load_from_cache(self.repo.repo, self.name, revision=self.repo.revision)
+        return Path(path) if isinstance(path, str) else None
+
+
+class NoProgress(tqdm):  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})
+
+
+def needed(card: Card, steps: Iterable[int], use_lora: bool) -> list[HubFile]:
+    """The files that drawing with these schedules takes. Raises FulguriteError where there are none."""
+    weights = card.weights
+    if weights.source != "hub" or not (weights.base and weights.vae and weights.distilled):
+        raise FulguriteError(f"There is nothing to pull for {card.id}: its weights are not on the hub.")
+    by_steps, kind = (weights.loras, "LoRA") if use_lora else (weights.unets, "UNet")
+    for n in steps:
+        if str(n) not in by_steps:
+            raise FulguriteError(f"{card.id} has no {n}-step {kind}: there are those for {', '.join(by_steps)} steps.")
+    names = [*TOKENIZERS, *TEXT_ENCODERS, *([BASE_UNET] if use_lora else [])]
+    files = [HubFile(weights.base, name) for name in names] + [HubFile(weights.vae, VAE)]
+    return files + [HubFile(weights.distilled, by_steps[str(n)]) for n in steps]
+
+
+def cached_files(card: Card, steps: int) -> Files:
+    """Where a hub model's files are on this machine: with the UNet for ``steps``, else with its LoRA.
+
+    Raises NotPulledError that says how to pull them.
+    """
+    for use_lora in (False, True):
+        if str(steps) not in (card.weights.loras if use_lora else card.weights.unets):
+            continue
+        wanted = needed(card, [steps], use_lora)
+        found = {file.name: path for file in wanted if (path := file.cached())}
+        if len(found) == len(wanted):
+            lightning = found[wanted[-1].name]
+            return Files(
+                tokenizers=(found[TOKENIZERS[0]].parent, found[TOKENIZERS[3]].parent),
+                text_encoders=(found[TEXT_ENCODERS[0]], found[TEXT_ENCODERS[1]]),
+                unet=found[BASE_UNET] if use_lora else lightning,
+                vae=found[VAE],
+                lora=lightning if use_lora else None,
+            )
+    raise NotPulledError(
+        f"The {steps}-step weights of {card.id} are not on this machine: `fulgurite pull {card.id} --steps {steps}`."
+    )
+
+
+def cached_tokenizers(card: Card) -> tuple[Path, Path]:
+    """The folders of the base model's tokenizers, for a single file, which has none. Raises NotPulledError."""
+    base = card.weights.base
+    found = [path for name in TOKENIZERS if base and (path := HubFile(base, name).cached())]
+    if len(found) < len(TOKENIZERS):
+        raise NotPulledError(
+            f"A single file holds no tokenizers: name a folder that does in {card.id}'s card, as `tokenizers`."
+        )
+    return found[0].parent, found[3].parent
+
+
+def pull(card: Card, steps: tuple[int, ...], use_lora: bool = False, progress: bool = True) -> None:
+    """Downloads what the schedules of ``steps`` take and is not on this machine yet; broken off, it resumes.
+
+    Raises FulguriteError, in one line, where the hub cannot be reached, a file is not there, or the disk is too full.
+    """
+    missing = [file for file in needed(card, steps, use_lora) if not file.cached()]
+    try:
+        check_disk(sum(sizes(missing)))
+        for file in missing:
+            hf_hub_download(
+                file.repo.repo,
+                file.name,
+                revision=file.repo.revision,
+                tqdm_class=None if progress else NoProgress,
+            )
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise FulguriteError(explained(error, card)) from error
+    except errors.EntryNotFoundError as error:
+        raise FulguriteError(f"The hub does not have all files of {card.id}: {first_line(error)}") from error
+    except OSError as error:
+        raise FulguriteError(f"Pulling {card.id} stopped, run it again to go on: {first_line(error)}") from error
+
+
+def sizes(files: list[HubFile]) -> list[int]:
+    """The files' sizes in bytes, as the hub states them."""
+    found = []
+    for repo in {file.repo: None for file in files}:
+        names = [file.name for file in files if file.repo == repo]
+        paths = HfApi().get_paths_info(repo.repo, names, revision=repo.revision)
+        found += [path.size for path in paths if hasattr(path, "size")]
+    return found
+
+
+def check_disk(wanted: int) -> None:
+    """Raises FulguriteError unless the cache's disk has room for so many bytes."""
+    folder = Path(constants.HF_HUB_CACHE)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise FulguriteError(
+            f"The disk of {folder} is too full: {wanted / 1e9:.1f} GB are to come and {free / 1e9:.1f} GB are free. "
+            "Make room, or set HF_HOME to a folder on another disk."
+        )
+
+
+def explained(error: Exception, card: Card) -> str:
+    """What to do when the hub does not answer as it should."""
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        return f"The hub at {constants.ENDPOINT} refused {card.id}: {first_line(error)}"
+    if constants.HF_HUB_OFFLINE:
+        return "Unset HF_HUB_OFFLINE to pull: it forbids the network."
+    return f"The hub at {constants.ENDPOINT} cannot be reached: go online and run this again, it resumes."
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,144 @@
+"""A model's files to its networks."""
+
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.cards import Card
+from fulgurite.errors import WeightsError
+from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.weights import hub, lora, original
+from fulgurite.weights.files import Files, folder_files, read, tokenizer_folders
+from fulgurite.weights.fit import filled, fitted
+from fulgurite.weights.networks import Networks
+
+Network = TypeVar("Network", bound=nn.Module)
+
+# What diffusers once called the VAE's attention, and some files still do.
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def new_vae_name(name: str) -> str:
+    for old, new in OLD_VAE_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def full_text_name(name: str) -> str:
+    """transformers 5 writes the first encoder's names without their first part."""
+    return name if name.startswith("text_") else f"text_model.{name}"
+
+
+def load_networks(card: Card, steps: int, device: str, dtype: torch.dtype) -> Networks:
+    """A card's networks, with the UNet for a schedule of ``steps`` where the model has one for each.
+
+    Raises NotPulledError where the hub's files are not on this machine, and WeightsError where they do not fit.
+    """
+    return load_files(locate(card, steps), card, device, dtype)
+
+
+def load_folder(folder: Path, card: Card, device: str, dtype: torch.dtype) -> Networks:
+    """Networks from a folder as diffusers publishes it. Raises WeightsError."""
+    return load_files(folder_files(folder), card, device, dtype)
+
+
+def locate(card: Card, steps: int) -> Files:
+    """Where a card's weights are on this machine."""
+    weights = card.weights
+    if weights.source == "hub":
+        return hub.cached_files(card, steps)
+    if weights.source == "embedded":
+        return folder_files(Path(str(resources.files("fulgurite") / "embedded" / card.id.rpartition("/")[2])))
+
+    path = Path(weights.path)
+    if path.is_dir():
+        files = folder_files(path)
+    elif weights.tokenizers:
+        files = Files(tokenizer_folders(Path(weights.tokenizers)), (path, path), path, path)
+    else:
+        files = Files(hub.cached_tokenizers(card), (path, path), path, path)
+    return Files(
+        tokenizers=files.tokenizers,
+        text_encoders=files.text_encoders,
+        unet=Path(weights.unet_file) if weights.unet_file else files.unet,
+        vae=Path(weights.vae_file) if weights.vae_file else files.vae,
+        lora=Path(weights.lora_file) if weights.lora_file else None,
+    )
+
+
+def load_files(files: Files, card: Card, device: str, dtype: torch.dtype) -> Networks:
+    """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
+    first, second = card.text_encoders
+    return Networks(
+        tokenizers=(load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)),
+        text_encoders=(
+            load_text_encoder(files.text_encoders[0], first, device, dtype, second=False),
+            load_text_encoder(files.text_encoders[1], second, device, dtype, second=True),
+        ),
+        unet=load_unet(files.unet, card, device, dtype, files.lora),
+        vae=load_vae(files.vae, card, device, dtype),
+        prediction="x0" if files.predicts_x0 else card.prediction,
+    )
+
+
+def load_tokenizer(folder: Path, config: CLIPTextConfig) -> Tokenizer:
+    """The tokenizer in a folder, checked to be the text encoder's. Raises WeightsError."""
+    try:
+        tokenizer = Tokenizer.from_folder(folder, config.max_position_embeddings)
+    except FileNotFoundError as error:
+        raise WeightsError(f"There is no file {error.filename}.") from error
+    except Exception as error:  # the library raises plain Exception for merges that are not in the vocabulary
+        raise WeightsError(f"The tokenizer in {folder} cannot be read ({error}).") from error
+    if tokenizer.end != config.eos_token_id:
+        wanted = f"token {config.eos_token_id}, not {tokenizer.end}"
+        raise WeightsError(f"The tokenizer in {folder} is not this model's: its text must end with {wanted}.")
+    return tokenizer
+
+
+def load_text_encoder(
+    path: Path, config: CLIPTextConfig, device: str, dtype: torch.dtype, *, second: bool
+) -> CLIPTextEncoder:
+    network = on_meta(lambda: CLIPTextEncoder(config))
+    keys = original.text_keys(list(network.state_dict()), config, second)
+    filled(network, tensors_for(network, path, keys, original.TEXT_ENCODERS[second], full_text_name), device, dtype)
+    return network
+
+
+def load_unet(path: Path, card: Card, device: str, dtype: torch.dtype, lora_path: Path | None = None) -> UNet:
+    network = on_meta(lambda: UNet(card.unet))
+    keys = original.unet_keys(list(network.state_dict()), card.unet)
+    tensors = tensors_for(network, path, keys, original.UNET)
+    if lora_path:
+        tensors = lora.merged(tensors, lora_path, card.unet, device, dtype)
+    filled(network, tensors, device, dtype)
+    return network
+
+
+def load_vae(path: Path, card: Card, device: str, dtype: torch.dtype) -> VAE:
+    network = on_meta(lambda: VAE(card.vae))
+    keys = original.vae_keys(list(network.state_dict()), card.vae)
+    filled(network, tensors_for(network, path, keys, original.VAE, new_vae_name), device, dtype)
+    return network
+
+
+def on_meta(build: Callable[[], Network]) -> Network:
+    """A network without memory for its weights: they come from the file."""
+    with torch.device("meta"):
+        return build()
+
+
+def tensors_for(
+    network: nn.Module, path: Path, keys: original.KeyMap, prefix: str, rename: Callable[[str], str] = str
+) -> dict[str, Tensor]:
+    """One network's tensors, from a file of its own or from a whole single file, under the network's names."""
+    tensors = read(path)
+    if any(name.startswith(original.UNET) for name in tensors):
+        others = tuple(other for other in original.PREFIXES if other != prefix)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
+        return fitted(tensors, network, keys, path)
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    return fitted(tensors, network, {name: (name, original.same) for name in network.state_dict()}, path)
