@@ -81,6 +81,6 @@ def read(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise WeightsError(f"There is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is damaged or no safetensors file ({error}): delete it and fetch it again."
         raise WeightsError(message) from error

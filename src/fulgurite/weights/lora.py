@@ -38,24 +38,24 @@ def merged(
     Raises WeightsError that names what the UNet has no place for.
     """
     left, default_alpha = read(path), adapter_alpha(path)
-    modules, result = original.unet_modules(config), dict(weights)
-    problems = []
+    if not left:
+        raise WeightsError(f"{path} holds no changes.")
+    modules, result, wrong = original.unet_modules(config), dict(weights), []
     for name, weight in weights.items():
-        module = name.removesuffix(".weight")
-        for base in spellings(module, modules):
+        for base in spellings(name.removesuffix(".weight"), modules):
             for down_name, up_name in PAIRS:
                 if base + down_name not in left or base + up_name not in left:
                     continue
                 down, up = left.pop(base + down_name), left.pop(base + up_name)
                 alpha = left.pop(base + ".alpha", default_alpha)
-                try:
+                if fits(weight, down, up):
                     result[name] = changed(weight, down, up, alpha, device).to(dtype)
-                except RuntimeError:
-                    problems.append(base)
-    if problems:
-        raise WeightsError(f"{path} does not fit the UNet: {several(problems, 'change(s) of another shape')}.")
-    if left:
-        raise WeightsError(f"{path} does not fit the UNet: {several(list(left), 'unexpected tensor(s)')}.")
+                else:
+                    wrong.append(base)
+    problems = [(wrong, "change(s) of another shape"), (list(left), "unexpected tensor(s)")]
+    if wrong or left:
+        told = "; ".join(several(names, what) for names, what in problems if names)
+        raise WeightsError(f"{path} does not fit the UNet: {told}.")
     return result
 
 
@@ -69,9 +69,16 @@ def adapter_alpha(path: Path) -> float | None:
     return settings.get("unet.lora_alpha")
 
 
+def fits(weight: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether ``down`` ``[R, I, ...]`` and ``up`` ``[O, R, ...]`` make a change of a weight ``[O, I, ...]``."""
+    if min(down.ndim, up.ndim, weight.ndim) < 2 or len(down) == 0:
+        return False
+    inner, outer = down.flatten(1), up.flatten(1)
+    return inner.shape[1] == weight[0].numel() and outer.shape == (len(weight), len(inner))
+
+
 def changed(weight: Tensor, down: Tensor, up: Tensor, alpha: Tensor | float | None, device: str) -> Tensor:
-    """``weight + alpha / rank * up @ down`` in float32; of a convolution, ``down`` has the kernel's size."""
-    rank = down.shape[0]
-    scale = 1.0 if alpha is None else float(alpha) / rank
+    """``weight + alpha / rank * up @ down``, in float32; without an alpha it is the rank."""
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
     down, up = down.to(device, torch.float32).flatten(1), up.to(device, torch.float32).flatten(1)
     return weight.to(device, torch.float32) + scale * (up @ down).view(weight.shape)
