@@ -1,11 +1,9 @@
 """What several tests share: an own home for each, a fake engine, and a tiny pipeline with random weights."""
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+import fulgurite
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
@@ -25,7 +24,7 @@ from fulgurite.weights import Networks
 SPARK, LIGHTNING = "fulgurite/spark", "bytedance/stable-diffusion-xl-lightning"
 KEY = "the-key-of-these-tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-HAS_WEIGHTS = any(f.name.endswith(".safetensors") for f in Path(str(resources.files("fulgurite"))).glob("embedded/**/*"))
+HAS_WEIGHTS = any((Path(fulgurite.__file__).parent / "embedded" / "spark").rglob("*.safetensors"))
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded weights are not there")
 
 
@@ -50,8 +49,8 @@ class FakeEngine:
     def __init__(self) -> None:
         self.answer: Callable[[str, Request], Picture] = drawn
         self.jobs: list[tuple[str, Request]] = []
+        self.futures: list[Future[Picture]] = []
         self.held = False
-        self.submitted, self.cancelled = threading.Event(), threading.Event()
 
     def submit(self, model: str, request: Request) -> Future[Picture]:
         self.jobs.append((model, request))
@@ -61,12 +60,11 @@ class FakeEngine:
                 job.set_result(self.answer(model, request))
             except Exception as error:
                 job.set_exception(error)
-        self.submitted.set()
+        self.futures.append(job)
         return job
 
     def cancel(self, job: Future[Picture]) -> None:
         job.cancel()
-        self.cancelled.set()
 
     def stats(self) -> dict[str, int]:
         return {"queued": 0, "running": 0, "done": len(self.jobs), "failed": 0}

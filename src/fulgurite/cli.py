@@ -1,7 +1,7 @@
 """The command line. torch, the server and the networks are imported by the commands that need them: help is quick."""
 
 import os
-import sys
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from fulgurite.parameters import Parameters
 
 SPARK = "fulgurite/spark"
-FLAGS = {"height": "--size", "width": "--size", "num_steps": "--steps", "negative_prompt": "--negative"}
+FLAGS = {
+    "negative_prompt": "--negative",
+    "height": "--size",
+    "width": "--size",
+    "num_steps": "--steps",
+    "guidance": "--guidance",
+    "seed": "--seed",
+}
 
 
 class Commands(TyperGroup):
@@ -117,7 +124,7 @@ def checked(given: dict[str, Any]) -> "Parameters":
         return Parameters(**given)
     except ValidationError as error:
         name, message = explain(error)
-        raise FulguriteError(f"{FLAGS.get(name, name)}: {message}") from None
+        raise FulguriteError(f"{FLAGS.get(name, name)}: {message.removeprefix(name + ': ')}") from None
 
 
 def draw(pipeline: "Drawer", request: "Request", title: str) -> "Picture":
@@ -126,7 +133,10 @@ def draw(pipeline: "Drawer", request: "Request", title: str) -> "Picture":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(title, total=None)
         return pipeline.draw(request, lambda done, steps: progress.update(task, completed=done, total=steps))
 
@@ -139,7 +149,6 @@ def save(picture: "Picture", file: Path) -> None:
         file.write_bytes(png_bytes(picture))
     except OSError as error:
         raise FulguriteError(f"Cannot write {file}: {error.strerror}.") from None
-    sys.stdout.flush()
     typer.echo(printable(str(file)))
     request = picture.request
     how = f"{request.width}x{request.height}, {picture.steps} steps, seed {request.seed}, {picture.model}"
@@ -159,29 +168,34 @@ def serve(
     import uvicorn
 
     from fulgurite.engine import Engine, Loader
-    from fulgurite.server import api_key, create_app
-    from fulgurite.server.app import DEMO, demo_notice
+    from fulgurite.server import DEMO, KEY_FILE, api_key, create_app, demo_notice
     from fulgurite.settings import read_settings
 
     settings = read_settings(host=host, port=port, models=tuple(model) if model else None, demo=demo)
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
     key_hash, new_key = api_key(settings)
+    if new_key:
+        say(f"Your API key, shown this once: {new_key}")
+    elif not settings.api_key:
+        say(f"The API key is the one shown at first start. To make another, delete {settings.home / KEY_FILE}.")
     engine = Engine(Loader(settings.device), settings.queue_size)
     config = uvicorn.Config(
         create_app(engine, settings, key_hash), settings.host, settings.port, timeout_graceful_shutdown=30
     )
     listener = config.bind_socket()  # says what is wrong, and exits, where it cannot
-
-    def say(line: str) -> None:
-        typer.echo(line, err=True)
-
     say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
-    if new_key:
-        say(f"Your API key, shown this once: {new_key}")
     if settings.demo:
         for asked in DEMO:
             say(demo_notice(asked))
+    # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         uvicorn.Server(config).run([listener])
+    except KeyboardInterrupt:
+        pass
     finally:
         engine.close()
 
@@ -197,10 +211,9 @@ def pull(
     from fulgurite.weights import hub
 
     of_model = card(model)
-    asked = steps.split(",") if steps is not None else [str(n) for n in of_model.schedules]
-    if unknown := set(asked) - {str(n) for n in of_model.schedules}:
-        there_are = ",".join(str(n) for n in of_model.schedules) or "no schedules to choose from"
-        raise FulguriteError(f"--steps: {model} has {there_are}, not {','.join(sorted(unknown))}.")
+    asked = steps.split(",") if steps else list(of_model.weights.loras if lora else of_model.weights.unets)
+    if not all(n.strip().isdecimal() for n in asked):
+        raise FulguriteError(f"--steps: {steps!r} is not a list of numbers, such as 2,4.")
     hub.pull(of_model, tuple(int(n) for n in asked), use_lora=lora)
 
 
@@ -212,10 +225,9 @@ def models() -> None:
 
     from fulgurite.cards import cards
 
-    table = Table("id", "steps", "weights", "what it is", box=None)
-    table.columns[0].no_wrap = True
+    table = Table("id", "steps", "weights", box=None)
     for card in cards().values():
         steps = ", ".join(str(n) for n in card.schedules) or "1 to 20"
-        origin = "inside" if card.weights["source"] == "embedded" else f"fulgurite pull {card.id}"
-        table.add_row(card.id, steps, origin, card.description)
+        origin = {"embedded": "inside the package", "hub": "on the hub: pull them"}.get(card.weights.source, "here")
+        table.add_row(card.id, steps, origin)
     Console().print(table)

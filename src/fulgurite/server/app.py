@@ -116,7 +116,8 @@ def picture_headers(picture: Picture) -> dict[str, str]:
         "X-Fulgurite-Seconds": f"{picture.seconds:.3f}",
     }
     if picture.notes:
-        headers["X-Fulgurite-Notes"] = "; ".join(picture.notes).encode("ascii", "replace").decode()
+        one_line = " ".join("; ".join(picture.notes).split())
+        headers["X-Fulgurite-Notes"] = one_line.encode("ascii", "replace").decode()
     return headers
 
 

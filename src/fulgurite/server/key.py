@@ -10,7 +10,7 @@ from pathlib import Path
 from fulgurite.errors import FulguriteError
 from fulgurite.settings import Settings
 
-FILE = "api_key.sha256"
+KEY_FILE = "api_key.sha256"  # under the home
 
 
 def hashed(key: bytes) -> str:
@@ -22,7 +22,7 @@ def api_key(settings: Settings) -> tuple[str, str | None]:
     """The key's hash and, where it has just been made, the key itself, to be shown this once."""
     if settings.api_key:
         return hashed(settings.api_key.get_secret_value().encode()), None
-    path = settings.home / FILE
+    path = settings.home / KEY_FILE
     try:
         return (kept(path), None) if path.exists() else made(path)
     except OSError as error:

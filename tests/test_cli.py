@@ -1,0 +1,189 @@
+"""The command line, over a tiny pipeline; then with the embedded model."""
+
+import doctest
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SPARK, needs_weights
+from PIL import Image
+from typer.testing import CliRunner
+
+from fulgurite import Pipeline, pipeline
+from fulgurite.cli import app
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def with_tiny(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "load", lambda model, **options: tiny)
+
+
+def run(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def metadata(file: str) -> str:
+    with Image.open(file) as picture:
+        return picture.info["parameters"]
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_generate_writes_the_file_and_says_so() -> None:
+    result = run("generate", "a red fox", "-o", "fox.png", "--steps", "2", "--seed", "7", "--negative", "blurry")
+    assert result.exit_code == 0
+    assert result.stdout == "fox.png\n"
+    assert "256x256, 2 steps, seed 7, fulgurite/spark" in result.stderr
+    assert metadata("fox.png").startswith("a red fox\nNegative prompt: blurry\nSteps: 2,")
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_the_same_seed_gives_the_same_file() -> None:
+    for name in ("a.png", "b.png"):
+        assert run("generate", "a red fox", "-o", name, "--steps", "2", "--seed", "7").exit_code == 0
+    assert run("generate", "a red fox", "-o", "c.png", "--steps", "2", "--seed", "8").exit_code == 0
+    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_several_pictures_count_their_seeds_up() -> None:
+    result = run("generate", "a red fox", "-o", "fox.png", "--steps", "1", "--seed", "7", "-n", "3")
+    assert result.stdout == "fox-1.png\nfox-2.png\nfox-3.png\n"
+    assert [metadata(f"fox-{i}.png").split("Seed: ")[1][0] for i in (1, 2, 3)] == ["7", "8", "9"]
+    run("generate", "a red fox", "-o", "one.png", "--steps", "1", "--seed", "8")
+    assert Path("one.png").read_bytes() == Path("fox-2.png").read_bytes()
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_another_size_is_said() -> None:
+    result = run("generate", "a red fox", "--size", "512x300", "--steps", "1")
+    assert result.stdout == "output.png\n"
+    assert "resampled to 512x300" in result.stderr
+    with Image.open("output.png") as picture:
+        assert picture.size == (512, 300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["x"], "prompt: "),
+        (["fox", "--size", "512"], "--size: '512' is not WIDTHxHEIGHT"),
+        (["fox", "--size", "512x-3"], "--size: "),
+        (["fox", "--size", "255x512"], "--size: "),
+        (["fox", "--size", "512x" + "9" * 5000], "--size: "),
+        (["fox", "--steps", "0"], "--steps: "),
+        (["fox", "--steps", "21"], "--steps: "),
+        (["fox", "--guidance", "nan"], "--guidance: "),
+        (["fox", "--guidance", "-1"], "--guidance: "),
+        (["fox", "--seed", "-1"], "--seed: "),
+        (["fox", "--seed", str(2**64)], "--seed: "),
+        (["fox", "--seed", str(2**64 - 1), "-n", "2"], "--seed: "),
+        (["fox", "--model", "acme/nope"], "There are: bytedance/stable-diffusion-xl-lightning, fulgurite/spark."),
+        (["fox", "-o", "fox.jpg"], "name it fox.png"),
+        (["fox", "-o", "fox"], "name it fox.png"),
+        (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere"),
+        (["fox", "-o", "folder.png"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], said: str) -> None:
+    Path("folder.png").mkdir()
+    result = run("generate", *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert not list(Path().glob("f*x*"))
+
+
+@pytest.mark.parametrize("arguments", [["fox", "-n", "0"], ["fox", "--steps", "four"], ["fox", "--nope"], []])
+def test_misuse_says_how_to_use_it(arguments: list[str]) -> None:
+    result = run("generate", *arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = run("generate", "fox", "--steps", "1")
+    assert (result.exit_code, result.stderr) == (1, "Error: Cannot write output.png: No space left on device.\n")
+
+
+def test_bad_settings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULGURITE_PORT", "http")
+    for command in (["generate", "fox"], ["serve"]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: FULGURITE_PORT: ")
+
+
+def test_a_server_that_cannot_be_made_says_why() -> None:
+    result = run("serve", "--model", "acme/nope")
+    assert result.exit_code == 1
+    assert "Error: There is no model 'acme/nope' here." in result.stderr
+
+
+def test_models_lists_the_cards() -> None:
+    result = run("models")
+    assert SPARK in result.stdout
+    assert "1, 2, 4, 8" in result.stdout
+
+
+def test_pull_hands_the_card_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled = []
+    monkeypatch.setattr(
+        "fulgurite.weights.hub.pull", lambda card, steps, use_lora: pulled.append((card.id, steps, use_lora))
+    )
+    model = "bytedance/stable-diffusion-xl-lightning"
+    run("pull", model)
+    run("pull", model, "--lora")
+    run("pull", model, "--steps", "2, 4")
+    assert pulled == [(model, (1, 2, 4, 8), False), (model, (2, 4, 8), True), (model, (2, 4), False)]
+    assert "--steps: 'all' is not a list" in run("pull", model, "--steps", "all").stderr
+    assert "There are: " in run("pull", "acme/nope").stderr
+
+
+def test_pull_has_nothing_to_do_for_the_embedded_model() -> None:
+    result = run("pull", SPARK)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_help_is_quick_because_it_imports_little() -> None:
+    code = "import sys, fulgurite.cli; print({'torch', 'fastapi', 'pydantic', 'huggingface_hub'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    module = subprocess.run([sys.executable, "-m", "fulgurite", "--help"], capture_output=True, text=True)
+    assert "Usage: fulgurite" in module.stdout
+
+
+def test_arguments_that_are_no_utf_8_are_one_line() -> None:
+    command = [sys.executable.encode(), b"-m", b"fulgurite", b"generate", b"fox \xff"]
+    result = subprocess.run(command, capture_output=True, env=os.environ)
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"Error: prompt: ")
+
+
+@needs_weights
+def test_generate_with_the_embedded_model() -> None:
+    for name in ("a.png", "b.png"):
+        assert run("generate", "a red rocket", "-o", name, "--steps", "4", "--seed", "7").exit_code == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    with Image.open("a.png") as picture:
+        assert picture.size == (256, 256)
+
+
+@needs_weights
+def test_the_docstrings_example() -> None:
+    assert doctest.testmod(pipeline).failed == 0

@@ -1,0 +1,335 @@
+"""The hosted API, word for word, over a fake engine; then over a real server process with the published client."""
+
+import asyncio
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import HEADERS, KEY, LIGHTNING, SPARK, FakeEngine, body, drawn, needs_weights
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from fulgurite import Picture, Pipeline, Request
+from fulgurite.engine import Engine
+from fulgurite.errors import BusyError, FulguriteError, NotPulledError, RequestError, WeightsError
+from fulgurite.parameters import Parameters
+from fulgurite.picture_file import parameters, png_bytes
+from fulgurite.server import api_key, create_app
+from fulgurite.server.key import hashed
+from fulgurite.settings import read_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def error_of(response: httpx.Response) -> dict[str, str]:
+    assert response.headers["content-type"] == "application/json"
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
+    [(name, error)] = response.json().items()
+    assert name == "error"
+    assert set(error) == {"code", "message", "param"}
+    return error
+
+
+def refusing(engine: FakeEngine, error: Exception) -> None:
+    def answer(model: str, request: Request) -> Picture:
+        raise error
+
+    engine.answer = answer
+
+
+def test_a_picture(client: TestClient, engine: FakeEngine) -> None:
+    engine.answer = lambda model, request: drawn(model, request, ("ran 8 steps", "drawn at 256\xd7256\nand resampled"))
+    response = client.post("/api/v1", json=body(seed=7, num_steps=4, negative_prompt="blurry", guidance=3))
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["x-fulgurite-model"] == SPARK
+    assert response.headers["x-fulgurite-steps"] == "4"
+    assert response.headers["x-fulgurite-seed"] == "7"
+    assert response.headers["x-fulgurite-seconds"] == "0.100"
+    assert response.headers["x-fulgurite-notes"] == "ran 8 steps; drawn at 256?256 and resampled"
+    assert "x-fulgurite-demo" not in response.headers
+    assert engine.jobs == [(SPARK, Request("a red fox", "blurry", 256, 256, 4, 3.0, 7))]
+    with Image.open(io.BytesIO(response.content)) as picture:
+        assert picture.size == (256, 256)
+        assert picture.info["parameters"] == (
+            "a red fox\nNegative prompt: blurry\nSteps: 4, Sampler: Euler, CFG scale: 3, Seed: 7, Size: 256x256, "
+            "Model: fulgurite/spark, Version: Fulgurite 0.1.0"
+        )
+
+
+def test_the_defaults_are_the_hosted_apis(client: TestClient, engine: FakeEngine) -> None:
+    assert client.post("/api/v1", json={"model": SPARK, "data": {"prompt": "fox"}}).status_code == 200
+    (_, request), seed = engine.jobs[0], engine.jobs[0][1].seed
+    assert seed is not None
+    assert request == Request("fox", seed=seed)  # the pipeline's own defaults are the same
+    assert (request.height, request.width, request.num_steps, request.guidance) == (1024, 1024, 20, 7.5)
+    client.post("/api/v1", json={"model": SPARK, "data": {"prompt": "fox"}})
+    assert engine.jobs[1][1].seed != seed
+    assert set(Parameters.model_fields) == set(Request.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer \xff"],
+)
+def test_without_the_key(engine: FakeEngine, authorization: str | None) -> None:
+    headers = {} if authorization is None else {"Authorization": authorization.encode("latin-1")}
+    with TestClient(create_app(engine, read_settings(), hashed(KEY.encode()))) as client:
+        response = client.post(
+            "/api/v1",
+            headers=headers,
+            content=b"{",
+        )
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert error_of(response)["code"] == "unauthorized"
+        assert client.post("/api/v1", headers={"Authorization": f"bearer {KEY}"}, json=body()).status_code == 200
+
+
+def test_an_unknown_model_names_those_there_are(client: TestClient) -> None:
+    response = client.post("/api/v1", json=body() | {"model": "acme/nope"})
+    assert response.status_code == 404
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("unknown_model", "model")
+    assert SPARK in error["message"]
+    assert LIGHTNING in error["message"]
+
+
+def test_only_the_models_asked_for_are_served(engine: FakeEngine) -> None:
+    with TestClient(
+        create_app(engine, read_settings(models=(SPARK,)), hashed(KEY.encode())), headers=HEADERS
+    ) as client:
+        response = client.post("/api/v1", json=body() | {"model": LIGHTNING})
+        assert response.status_code == 404
+        assert error_of(response)["message"].endswith("There are: fulgurite/spark.")
+        assert [card["id"] for card in client.get("/api/v1/models").json()["models"]] == [SPARK]
+    with pytest.raises(FulguriteError, match="no model 'nope'"):
+        create_app(engine, read_settings(models=("nope",)), "")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "param"),
+    [
+        (RequestError("not so", "guidance"), 422, "invalid_parameter", "data.guidance"),
+        (NotPulledError("run `fulgurite pull`"), 503, "not_pulled", "model"),
+        (WeightsError("damaged"), 503, "weights_unusable", "model"),
+        (BusyError("full", 7), 503, "busy", None),
+    ],
+)
+def test_what_the_engine_refuses(
+    client: TestClient, engine: FakeEngine, error: Exception, status: int, code: str, param: str | None
+) -> None:
+    refusing(engine, error)
+    response = client.post("/api/v1", json=body())
+    assert response.status_code == status
+    assert error_of(response) == {"code": code, "message": str(error), "param": param}
+    assert response.headers.get("retry-after") == ("7" if code == "busy" else None)
+
+
+def test_a_bug_is_a_500_that_can_be_found_in_the_log(
+    client: TestClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing(engine, ZeroDivisionError("secret detail"))
+    response = client.post("/api/v1", json=body())
+    assert response.status_code == 500
+    assert error_of(response)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_other_addresses_and_methods(client: TestClient) -> None:
+    for path in ("/", "/api/v1/", "/api/v2", "/api/v1/%ff%00"):
+        assert error_of(client.get(path))["code"] == "not_found"
+    response = client.get("/api/v1")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert error_of(response)["code"] == "method_not_allowed"
+
+
+def test_health(client: TestClient) -> None:
+    answer = client.get("/healthz").json()
+    assert answer == {"status": "ok", "engine": {"queued": 0, "running": 0, "done": 0, "failed": 0}}
+
+
+def test_cards(client: TestClient) -> None:
+    card = client.get(f"/api/v1/models/{LIGHTNING}").json()
+    assert card["cost_microdollars"] == 1100
+    assert card["hosted_regions"] == ["US", "India"]
+    assert "unet" not in card
+    assert "answered_by" not in card
+    assert card in client.get("/api/v1/models").json()["models"]
+    assert error_of(client.get("/api/v1/models/nope/nope"))["code"] == "unknown_model"
+
+
+def test_openapi_describes_the_request(client: TestClient) -> None:
+    post = client.get("/openapi.json").json()["paths"]["/api/v1"]["post"]
+    schema = post["requestBody"]["content"]["application/json"]["schema"]
+    height = schema["properties"]["data"]["properties"]["height"]
+    assert (height["minimum"], height["maximum"], height["default"]) == (256, 2048, 1024)
+    assert {"200", "401", "404", "413", "415", "422", "503"} <= set(post["responses"])
+
+
+def test_demo_says_who_answers(engine: FakeEngine) -> None:
+    app = create_app(engine, read_settings(demo=True), hashed(KEY.encode()))
+    with TestClient(app, headers=HEADERS) as client:
+        response = client.post("/api/v1", json=body() | {"model": LIGHTNING})
+        assert engine.jobs[0][0] == response.headers["x-fulgurite-model"] == SPARK
+        assert response.headers["x-fulgurite-demo"].startswith("Demo: fulgurite/spark")
+        assert client.get(f"/api/v1/models/{LIGHTNING}").json()["answered_by"] == SPARK
+        assert "x-fulgurite-demo" not in client.post("/api/v1", json=body()).headers
+
+
+def test_a_client_that_goes_away_cancels_its_job(engine: FakeEngine) -> None:
+    engine.held = True
+    app = create_app(engine, read_settings(), hashed(KEY.encode()))
+    sent, messages = [], [{"type": "http.request", "body": json.dumps(body()).encode()}, {"type": "http.disconnect"}]
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {KEY}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/api/v1", "query_string": b"", "headers": headers}
+
+    async def receive() -> dict[str, object]:
+        return messages.pop(0)
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert engine.futures[0].cancelled()
+    assert sent[0]["status"] == 499
+
+
+def test_generation_never_blocks_the_event_loop(engine: FakeEngine) -> None:
+    """Two jobs are held; meanwhile health is answered, and a closing engine's cancelled job is a clear 503."""
+    engine.held = True
+    app = create_app(engine, read_settings(), hashed(KEY.encode()))
+
+    async def talk() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=HEADERS) as client:
+            waiting = [asyncio.create_task(client.post("/api/v1", json=body())) for _ in range(2)]
+            while len(engine.futures) < 2:
+                await asyncio.sleep(0.001)
+            assert (await client.get("/healthz")).status_code == 200
+            engine.futures[0].set_result(drawn(*engine.jobs[0]))
+            engine.futures[1].cancel()
+            return await asyncio.gather(*waiting)
+
+    first, second = asyncio.run(talk())
+    assert first.status_code == 200
+    assert (second.status_code, error_of(second)["code"]) == (503, "shutting_down")
+
+
+def test_the_key_is_made_once_and_kept_hashed(home: Path) -> None:
+    digest, key = api_key(read_settings())
+    assert key
+    assert digest == hashed(key.encode())
+    file = home / "api_key.sha256"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert key not in file.read_text()
+    assert api_key(read_settings()) == (digest, None)
+    assert api_key(read_settings(api_key="from-outside")) == (hashed(b"from-outside"), None)
+    file.write_text("damaged")
+    with pytest.raises(FulguriteError, match=r"api_key.sha256 holds no key"):
+        api_key(read_settings())
+
+
+def test_settings_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULGURITE_MODELS", f"{SPARK}, {LIGHTNING}")
+    assert read_settings(port=None).models == (SPARK, LIGHTNING)
+    monkeypatch.setenv("FULGURITE_PORT", "80a")
+    assert read_settings(port=81).port == 81
+    with pytest.raises(FulguriteError, match=r"^FULGURITE_PORT: "):
+        read_settings()
+    with pytest.raises(FulguriteError, match=r"^--port: "):
+        read_settings(port=-1)
+    monkeypatch.setenv("FULGURITE_API_KEY", "two words")
+    with pytest.raises(FulguriteError, match=r"^FULGURITE_API_KEY: (?!.*two words)"):
+        read_settings(port=81)
+    monkeypatch.setenv("FULGURITE_PROT", "80")
+    with pytest.raises(FulguriteError, match=r"^FULGURITE_PROT is no setting"):
+        read_settings()
+
+
+def test_picture_files_hold_any_prompt() -> None:
+    picture = drawn(SPARK, Request("nul \0 lone \ud800 شعلة 🔥\nline", width=256, height=256, seed=1))
+    assert parameters(picture).startswith("nul   lone ? شعلة 🔥\nline\nSteps: 20")
+    with Image.open(io.BytesIO(png_bytes(picture))) as file:
+        assert file.info["parameters"] == parameters(picture)
+    assert png_bytes(picture) == png_bytes(picture)
+
+
+def test_real_pixels_through_the_server(tiny: Pipeline) -> None:
+    engine = Engine(lambda model, steps: tiny)
+    try:
+        app = create_app(engine, read_settings(), hashed(KEY.encode()))
+        with TestClient(app, headers=HEADERS) as client:
+            request = body(seed=2**64 - 1, num_steps=2, width=300, height=257)
+            first, second = (client.post("/api/v1", json=request) for _ in range(2))
+            assert first.status_code == 200
+            assert first.content == second.content
+            assert (
+                first.content != client.post("/api/v1", json=body(seed=3, num_steps=2, width=300, height=257)).content
+            )
+            assert "resampled to 300x257" in first.headers["x-fulgurite-notes"]
+            with Image.open(io.BytesIO(first.content)) as picture:
+                assert picture.size == (300, 257)
+    finally:
+        engine.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A real server process in demo mode on a free port: its address."""
+    command = [sys.executable, "-m", "fulgurite", "serve", "--demo", "--port", "0"]
+    environment = os.environ | {"FULGURITE_API_KEY": KEY}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        for line in server.stderr:
+            if found := re.search(r"answers at (http://\S+)", line):
+                break
+        try:
+            yield found[1], server
+        finally:
+            server.terminate()
+            server.stderr.read()
+    assert server.returncode == 0
+
+
+def test_a_real_server_and_curl(served: tuple[str, object], tmp_path: Path) -> None:
+    """What needs a socket: a 100 MB body, announced or not, is refused while it is read, and the next request works."""
+    url, big = served[0], tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(100_000_000)
+
+    def curl(*arguments: str) -> str:
+        command = ["curl", "-sS", "-m", "60", "-w", "%{http_code}", "-o", "/dev/null", url]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=True).stdout
+
+    good = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    assert curl(*good, "--data-binary", f"@{big}") == "413"
+    assert curl(*good, "-H", "Transfer-Encoding: chunked", "--data-binary", f"@{big}") == "413"
+    assert curl("-H", good[3], "--data-binary", f"@{big}") == "401"
+    assert curl(*good, "--data", "{}") == "422"
+    response = httpx.post(url, headers=HEADERS | {"Content-Type": "application/json"}, content=bytes(5_000_000))
+    assert response.status_code == 413
+    assert httpx.get(url.replace("/api/v1", "/healthz")).json()["status"] == "ok"
+
+
+@needs_weights
+def test_the_published_client(served: tuple[str, object], tmp_path: Path) -> None:
+    environment = os.environ | {"API_URL": served[0], "API_KEY": KEY}
+    started = time.monotonic()
+    subprocess.run([sys.executable, ROOT / "examples" / "client.py"], cwd=tmp_path, env=environment, check=True)
+    assert time.monotonic() - started < 120
+    with Image.open(tmp_path / "output.png") as picture:
+        assert picture.size == (1024, 1024)
+        assert "Model: fulgurite/spark" in picture.info["parameters"]
+        assert len(picture.convert("L").resize((16, 16)).getcolors() or []) > 8  # a picture, not one flat colour
