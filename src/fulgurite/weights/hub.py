@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    constants,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import tqdm
 
 from fulgurite.cards import Card, Repo
@@ -34,6 +41,11 @@ class HubFile:
         """Where it is on this machine, if it is."""
         path = try_to_load_from_cache(self.repo.repo, self.name, revision=self.repo.revision)
         return Path(path) if isinstance(path, str) else None
+
+    def size(self) -> int:
+        """Bytes, as the hub states them."""
+        url = hf_hub_url(self.repo.repo, self.name, revision=self.repo.revision)
+        return get_hf_file_metadata(url).size or 0
 
 
 class NoProgress(tqdm):  # type: ignore[misc]
@@ -91,36 +103,28 @@ def cached_tokenizers(card: Card) -> tuple[Path, Path]:
 
 
 def pull(card: Card, steps: tuple[int, ...], use_lora: bool = False, progress: bool = True) -> None:
-    """Downloads what the schedules of ``steps`` take and is not on this machine yet; broken off, it resumes.
+    """Downloads what the schedules of ``steps`` take and is not on this machine yet.
 
+    A connection that breaks off is resumed; when it stays away, the files that are whole by then are kept.
     Raises FulguriteError, in one line, where the hub cannot be reached, a file is not there, or the disk is too full.
     """
     missing = [file for file in needed(card, steps, use_lora) if not file.cached()]
     try:
-        check_disk(sum(sizes(missing)))
+        check_disk(sum(file.size() for file in missing))
         for file in missing:
-            hf_hub_download(
-                file.repo.repo,
-                file.name,
-                revision=file.repo.revision,
-                tqdm_class=None if progress else NoProgress,
-            )
-    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise FulguriteError(explained(error, card)) from error
-    except errors.EntryNotFoundError as error:
-        raise FulguriteError(f"The hub does not have all files of {card.id}: {first_line(error)}") from error
-    except OSError as error:
-        raise FulguriteError(f"Pulling {card.id} stopped, run it again to go on: {first_line(error)}") from error
-
-
-def sizes(files: list[HubFile]) -> list[int]:
-    """The files' sizes in bytes, as the hub states them."""
-    found = []
-    for repo in {file.repo: None for file in files}:
-        names = [file.name for file in files if file.repo == repo]
-        paths = HfApi().get_paths_info(repo.repo, names, revision=repo.revision)
-        found += [path.size for path in paths if hasattr(path, "size")]
-    return found
+            bar = None if progress else NoProgress
+            hf_hub_download(file.repo.repo, file.name, revision=file.repo.revision, tqdm_class=bar)
+    except errors.HfHubHTTPError as error:
+        raise FulguriteError(f"The hub at {constants.ENDPOINT} did not give {card.id}: {one_line(error)}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise FulguriteError("HF_HUB_OFFLINE is set, which forbids the network: unset it to pull.") from error
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+        raise FulguriteError(
+            f"The hub at {constants.ENDPOINT} cannot be reached: go online and run this again, whole files are kept."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        message = f"Pulling {card.id} stopped ({one_line(error)}): run this again, whole files are kept."
+        raise FulguriteError(message) from error
 
 
 def check_disk(wanted: int) -> None:
@@ -135,14 +139,5 @@ def check_disk(wanted: int) -> None:
         )
 
 
-def explained(error: Exception, card: Card) -> str:
-    """What to do when the hub does not answer as it should."""
-    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-        return f"The hub at {constants.ENDPOINT} refused {card.id}: {first_line(error)}"
-    if constants.HF_HUB_OFFLINE:
-        return "Unset HF_HUB_OFFLINE to pull: it forbids the network."
-    return f"The hub at {constants.ENDPOINT} cannot be reached: go online and run this again, it resumes."
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
