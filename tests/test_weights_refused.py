@@ -286,6 +286,17 @@ def test_a_change_of_another_shape(made, change, shape):
     assert "1 change(s) of another shape: lora_unet_conv_in" in refusal(made, lora_file=path)
 
 
+def test_an_alpha_that_is_no_number(made, change):
+    path = change(**{"lora_unet_conv_in.alpha": torch.ones(2)})
+    assert "1 change(s) of another shape: lora_unet_conv_in" in refusal(made, lora_file=path)
+
+
+@pytest.mark.parametrize("header", ["{", "3", "[1]"])
+def test_adapter_settings_that_cannot_be_read(made, change, header):
+    path = change(metadata={"lora_adapter_metadata": header})
+    assert "adapter settings" in refusal(made, lora_file=path)
+
+
 def test_other_kinds_of_lora(made, change):
     dora = {"lora_unet_conv_in.dora_scale": torch.zeros(32)}
     assert "lora_unet_conv_in.dora_scale" in refusal(made, lora_file=change(**dora))

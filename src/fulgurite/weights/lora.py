@@ -48,7 +48,7 @@ def merged(
                     continue
                 down, up = left.pop(base + down_name), left.pop(base + up_name)
                 alpha = left.pop(base + ".alpha", default_alpha)
-                if fits(weight, down, up):
+                if fits(weight, down, up, alpha):
                     result[name] = changed(weight, down, up, alpha, device).to(dtype)
                 else:
                     wrong.append(base)
@@ -62,15 +62,21 @@ def merged(
 def adapter_alpha(path: Path) -> float | None:
     """Alpha where the file's header states one for all changes, as newer diffusers writes it."""
     with safe_open(path, framework="pt") as file:
-        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        settings = dict(json.loads(header))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{path} has adapter settings in its header that cannot be read.") from error
     for name in ("use_dora", "use_rslora", "alpha_pattern"):
         if settings.get(f"unet.{name}"):
             raise WeightsError(f"{path} is a kind of LoRA that is not read here: its {name} is set.")
     return settings.get("unet.lora_alpha")
 
 
-def fits(weight: Tensor, down: Tensor, up: Tensor) -> bool:
+def fits(weight: Tensor, down: Tensor, up: Tensor, alpha: Tensor | float | None) -> bool:
     """Whether ``down`` ``[R, I, ...]`` and ``up`` ``[O, R, ...]`` make a change of a weight ``[O, I, ...]``."""
+    if isinstance(alpha, Tensor) and alpha.numel() != 1:
+        return False
     if min(down.ndim, up.ndim, weight.ndim) < 2 or len(down) == 0:
         return False
     inner, outer = down.flatten(1), up.flatten(1)
