@@ -1,0 +1,66 @@
+"""Scenes as latents on disk: the autoencoder sees each scene once, the teacher many times with fresh captions."""
+
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fulgurite.models import VAE
+from fulgurite.training.scenes import Scene, random_scene, render
+from fulgurite.training.sources import Sprites
+from fulgurite.training.vae import to_pixels
+
+CHUNK = 32  # scenes encoded together
+
+
+def scene_at(sprites: Sprites, size: tuple[int, int], index: int) -> Scene:
+    """The data set's scene of this number: it depends on size and number alone."""
+    return random_scene(random.Random(f"scene {size} {index}"), sprites, size)
+
+
+@torch.inference_mode()
+def encode_scenes(sprites_folder: Path, vae: VAE, size: tuple[int, int], numbers: range) -> np.ndarray:
+    """Latents ``[N, C, h, w]``, float16, of the scenes of these numbers."""
+    torch.set_num_threads(1)  # one process a core
+    sprites = Sprites.open(sprites_folder)
+    device = next(vae.parameters()).device
+    rows = []
+    for start in range(numbers.start, numbers.stop, CHUNK):
+        chunk = range(start, min(start + CHUNK, numbers.stop))
+        pixels = to_pixels(np.stack([render(scene_at(sprites, size, i), sprites) for i in chunk]))
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, _ = vae.encode(pixels.to(device, memory_format=torch.channels_last))
+        rows.append(mean.half().cpu().numpy())
+    return np.concatenate(rows)
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents of many scenes of one size, and the scenes, to be captioned anew each time."""
+
+    size: tuple[int, int]
+    latents: np.ndarray  # [N, C, h, w], float16
+    scenes: list[Scene]
+
+    def batch(self, count: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
+        """Some scenes at random: latents ``[B, C, h, w]``, float32, and what is in them."""
+        picks = rng.choices(range(len(self.scenes)), k=count)
+        return torch.from_numpy(self.latents[picks]).float(), [self.scenes[i] for i in picks]
+
+
+def build_latents(sprites_folder: Path, vae: VAE, size: tuple[int, int], count: int, folder: Path) -> LatentSet:
+    """Encodes scenes 0..count into ``folder``, on every core; done once, then read back."""
+    path = folder / f"latents-{size[0]}x{size[1]}-{count}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        ranges = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(encode_scenes, sprites_folder, vae, size, numbers) for numbers in ranges]
+            np.save(path, np.concatenate([job.result() for job in jobs]))
+    sprites = Sprites.open(sprites_folder)
+    return LatentSet(size, np.load(path), [scene_at(sprites, size, i) for i in range(count)])

@@ -1,0 +1,171 @@
+"""Scenes put together from sprites, and words that say what is in them: training data without end.
+
+A scene is drawn from a random generator, rendered to pixels, and described; one scene has many captions, so a
+cached latent can be paired with fresh words each time it is seen.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.training.words import FILLERS, SYNONYMS
+
+COLOURS = {
+    "red": (214, 48, 49), "orange": (242, 140, 40), "yellow": (250, 208, 60), "green": (72, 168, 88),
+    "teal": (40, 160, 160), "blue": (58, 118, 220), "purple": (132, 84, 200), "pink": (244, 143, 188),
+    "brown": (140, 96, 64), "black": (28, 28, 32), "grey": (150, 152, 158), "white": (252, 252, 252),
+}  # fmt: skip
+HUES = {"red": 0, "orange": 28, "yellow": 50, "green": 125, "teal": 178, "blue": 216, "purple": 272, "pink": 330}
+STYLE_WORDS = {
+    "3d": ("3d", "3d style", "3d render", "3d icon"),
+    "flat": ("flat", "flat style", "flat design", "flat icon"),
+    "cartoon": ("cartoon", "cartoon style"),
+    "classic": ("classic", "classic style"),
+    "sticker": ("sticker", "sticker style"),
+    "outline": ("outline", "outline style", "line art"),
+}
+# Where the prompt names no style, the answer should be one style, not a mixture: mostly the first.
+STYLE_WEIGHTS = {"3d": 3.0}
+UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
+OTHERS_UNSAID = 0.12
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A thing in a scene."""
+
+    thing: Thing
+    sprite: int
+    colour: str | None  # its hue is turned to this colour
+    centre: tuple[float, float]  # as a share of the picture's width and height
+    side: float  # as a share of the picture's shorter side
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture. Two things stand left and right, in this order."""
+
+    things: tuple[Placed, ...]
+    style: str
+    background: tuple[str, ...]  # colours from top to bottom
+    size: tuple[int, int]  # width, height in pixels
+
+
+def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (256, 256)) -> Scene:
+    """One scene: six in seven hold one thing, the others two."""
+    count = 1 if rng.random() < 0.86 else 2
+    first = rng.choice(sprites.things)
+    styles = list(first.sprites)
+    style = rng.choices(styles, [STYLE_WEIGHTS.get(s, 1.0) for s in styles])[0]
+    things = [first]
+    while len(things) < count:
+        other = rng.choice(sprites.things)
+        if style in other.sprites and other is not first:
+            things.append(other)
+
+    width, height = size
+    placed = []
+    for i, thing in enumerate(things):
+        across, down = width / min(size), height / min(size)
+        room = 0.48 if count == 2 and width <= height else 0.5 * across if count == 2 else min(across, down)
+        side = room * rng.uniform(0.72, 0.94)
+        x = (0.5 if count == 1 else (0.27, 0.73)[i]) + rng.uniform(-0.03, 0.03)
+        y = 0.5 + rng.uniform(-0.03, 0.03)
+        colour = rng.choice(list(HUES)) if rng.random() < 0.22 else None
+        if colour and not saturated(sprites.pixels[thing.sprites[style]]):
+            colour = None
+        placed.append(Placed(thing, thing.sprites[style], colour, (x, y), side))
+    kind = rng.random()
+    if kind < 0.4:
+        background: tuple[str, ...] = ("white",)
+    else:
+        background = tuple(rng.sample(list(COLOURS), 1 if kind < 0.85 else 2))
+    return Scene(tuple(placed), style, background, size)
+
+
+def coloured(pixels: np.ndarray) -> np.ndarray:
+    """Which pixels ``[H, W]`` of a sprite have a hue worth speaking of."""
+    rgb = pixels[..., :3].astype(np.int16)
+    return (rgb.max(-1) - rgb.min(-1) > 60) & (pixels[..., 3] > 128)
+
+
+def saturated(pixels: np.ndarray) -> bool:
+    """Whether most of a sprite has a hue, so that turning it changes the thing's colour."""
+    small = pixels[::4, ::4]
+    return bool(coloured(small).sum() > 0.45 * (small[..., 3] > 128).sum())
+
+
+def recoloured(sprite: Image.Image, colour: str) -> Image.Image:
+    """The sprite with its hues turned so that its commonest is ``colour``."""
+    hsv = np.asarray(sprite.convert("RGB").convert("HSV")).copy()
+    mask = coloured(np.asarray(sprite))
+    commonest = np.bincount(hsv[..., 0][mask] // 8, minlength=32).argmax() * 8 + 4
+    hsv[..., 0] = (hsv[..., 0].astype(np.int16) - commonest + HUES[colour] * 255 // 360) % 256
+    turned = Image.fromarray(hsv, "HSV").convert("RGB")
+    turned.putalpha(sprite.getchannel("A"))
+    return turned
+
+
+def render_background(colours: tuple[str, ...], size: tuple[int, int]) -> Image.Image:
+    top, bottom = np.array(COLOURS[colours[0]], float), np.array(COLOURS[colours[-1]], float)
+    ramp = np.linspace(0, 1, size[1])[:, None, None]
+    rows = np.broadcast_to(top + (bottom - top) * ramp, (size[1], size[0], 3))
+    return Image.fromarray(rows.round().astype(np.uint8))
+
+
+def render(scene: Scene, sprites: Sprites) -> np.ndarray:
+    """The scene's pixels ``[H, W, 3]``, uint8."""
+    canvas = render_background(scene.background, scene.size)
+    for placed in scene.things:
+        sprite = Image.fromarray(np.asarray(sprites.pixels[placed.sprite]))
+        if placed.colour:
+            sprite = recoloured(sprite, placed.colour)
+        side = round(placed.side * min(scene.size))
+        if side != SPRITE:
+            sprite = sprite.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        x, y = (round(c * n - side / 2) for c, n in zip(placed.centre, scene.size, strict=True))
+        canvas.paste(sprite, (x, y), sprite)
+    return np.asarray(canvas)
+
+
+def name_of(thing: Thing, rng: random.Random) -> str:
+    """The thing's name, or now and then another word for it."""
+    pick = rng.random()
+    if pick < 0.2 and thing.name in SYNONYMS:
+        return rng.choice(SYNONYMS[thing.name])
+    if pick < 0.3 and thing.tags:
+        return rng.choice(thing.tags)
+    return thing.name.removesuffix(" face") if rng.random() < 0.5 else thing.name
+
+
+def with_article(words: str, rng: random.Random) -> str:
+    pick = rng.random()
+    if pick < 0.6:
+        return ("an " if words[0].lower() in "aeiou" else "a ") + words
+    return words if pick < 0.9 else "the " + words
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Words for the scene: its things, their colours if turned, the background unless white, the style at times."""
+    parts = []
+    for placed in scene.things:
+        words = f"{placed.colour} {name_of(placed.thing, rng)}" if placed.colour else name_of(placed.thing, rng)
+        if rng.random() < 0.15:
+            words = f"{rng.choice(FILLERS)} {words}"
+        parts.append(with_article(words, rng))
+    text = rng.choice((" and ", " and ", " next to ", " to the left of ")).join(parts)
+
+    if len(scene.background) == 2:
+        text += rng.choice((" on a {} to {} gradient background", " on a {} and {} gradient")).format(*scene.background)
+    elif scene.background[0] != "white" or rng.random() < 0.15:
+        text += rng.choice((" on a {} background", " on {}", ", {} background")).format(scene.background[0])
+
+    if rng.random() >= UNSAID_STYLE.get(scene.style, OTHERS_UNSAID):
+        word = rng.choice(STYLE_WORDS[scene.style])
+        text = f"{text}, {word}" if rng.random() < 0.8 else f"{word} of {text}"
+    if rng.random() < 0.08:
+        text = rng.choice(("a picture of ", "an image of ", "an icon of ", "a drawing of ")) + text
+    return text

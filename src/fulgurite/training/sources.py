@@ -1,0 +1,163 @@
+"""The pictures that the embedded model learns from: captioned vector art out of npm packages, as sprites.
+
+A sprite is one thing in one style on nothing: 256x256 RGBA. The packages are fetched when the data set is
+built; NOTICE.md beside the model's weights names their authors and licences.
+"""
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPRITE = 256  # pixels per side
+METADATA = "emojibase-data@17.0.0"
+# Style word: the package that draws everything in that style.
+STYLES = {
+    "3d": "@lobehub/fluent-emoji-3d@1.1.0",
+    "flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "cartoon": "@iconify-json/noto@1.2.9",
+    "classic": "@iconify-json/noto-v1@1.2.5",
+    "sticker": "@iconify-json/twemoji@1.2.5",
+    "outline": "@iconify-json/streamline-emojis@1.2.4",
+}
+# Drawn alone, letters, signs and skin tones teach words that no prompt uses.
+DROPPED_GROUPS = {"component", "symbols", "flags"}
+DROPPED_SUBGROUPS = {"place-map", "time", "alphanum", "transport-sign", "family"}
+PEOPLE_GROUPS = {"smileys-emotion", "people-body"}
+# The small set: what people ask for first, and as much as two CPU cores learn in two hours.
+SMALL_SUBGROUPS = {
+    "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug",
+    "plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared", "food-asian", "food-sweet",
+    "drink", "place-geographic", "place-building", "transport-ground", "transport-water", "transport-air",
+    "sky-weather", "event", "sport", "musical-instrument", "face-costume",
+}  # fmt: skip
+SMALL_STYLES = ("3d", "flat")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One nameable thing and where its sprites are."""
+
+    name: str
+    tags: tuple[str, ...]
+    group: str
+    subgroup: str
+    sprites: dict[str, int]  # style: row of the sprite array
+
+
+@dataclass(frozen=True)
+class Sprites:
+    """All things, with their pictures ``[N, 256, 256, 4]``, uint8, mapped from disk."""
+
+    things: list[Thing]
+    pixels: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> "Sprites":
+        table = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+        things = [Thing(**{**row, "tags": tuple(row["tags"])}) for row in table]
+        return cls(things, np.load(folder / "sprites.npy", mmap_mode="r"))
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """Unpacks an npm package under ``folder`` and returns where it lies."""
+    target = folder / re.sub(r"[^a-z0-9.]+", "-", package.lower()).strip("-")
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
+        name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+        with tarfile.open(folder / name) as archive:
+            archive.extractall(target, filter="data")
+        (folder / name).unlink()
+    return target / "package"
+
+
+def hexcode(text: str) -> str:
+    """One spelling of an emoji's code points: lower case, without variation selectors."""
+    return "-".join(part for part in text.lower().split("-") if part != "fe0f")
+
+
+def vector_style(folder: Path) -> dict[str, bytes]:
+    """An Iconify package's drawings: hexcode to SVG."""
+    table = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+    codes = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+    drawings = {}
+    for code, name in codes.items():
+        icon = table["icons"].get(name)
+        if icon:
+            width, height = icon.get("width", table["width"]), icon.get("height", table["height"])
+            head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+            drawings[hexcode(code)] = f'{head} viewBox="0 0 {width} {height}">{icon["body"]}</svg>'.encode()
+    return drawings
+
+
+def bitmap_style(folder: Path) -> dict[str, bytes]:
+    """A package of pictures named by hexcode: hexcode to WebP."""
+    return {hexcode(path.stem): path.read_bytes() for path in (folder / "assets").glob("*.webp")}
+
+
+def rasterize(drawing: bytes) -> np.ndarray:
+    """SVG or WebP to ``[256, 256, 4]``, uint8."""
+    if drawing.startswith(b"<svg"):
+        import resvg_py
+
+        svg = resvg_py.svg_to_bytes(svg_string=drawing.decode(), width=SPRITE, height=SPRITE)
+        drawing = bytes(svg)
+    image = Image.open(io.BytesIO(drawing)).convert("RGBA").resize((SPRITE, SPRITE), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def wanted(entry: dict, groups: dict[str, str], subgroups: dict[str, str], small: bool) -> bool:
+    if "group" not in entry:
+        return False  # regional indicators: letters
+    group, subgroup = groups[str(entry["group"])], subgroups[str(entry["subgroup"])]
+    if small:
+        return subgroup in SMALL_SUBGROUPS
+    return group not in DROPPED_GROUPS and subgroup not in DROPPED_SUBGROUPS
+
+
+def capped(entries: list[dict], groups: dict[str, str], share: float = 0.2) -> list[dict]:
+    """Keeps people near a fifth: of the many gestures and roles, those evenly spaced."""
+    people = [e for e in entries if groups[str(e["group"])] in PEOPLE_GROUPS]
+    others = [e for e in entries if groups[str(e["group"])] not in PEOPLE_GROUPS]
+    room = int(len(others) * share / (1 - share))
+    stride = max(1, -(-len(people) // room)) if room else 1
+    return others + people[::stride]
+
+
+def build(folder: Path, small: bool) -> Sprites:
+    """Fetches the packages and renders every sprite into ``folder``; done once, then read back."""
+    if not (folder / "things.json").exists():
+        packages = folder / "packages"
+        styles = {
+            style: (bitmap_style if style == "3d" else vector_style)(fetch(package, packages))
+            for style, package in STYLES.items()
+            if not small or style in SMALL_STYLES
+        }
+        metadata = fetch(METADATA, packages)
+        names = json.loads((metadata / "meta/groups.json").read_text(encoding="utf-8"))
+        groups, subgroups = names["groups"], names["subgroups"]
+        entries = json.loads((metadata / "en/data.json").read_text(encoding="utf-8"))
+        entries = capped([e for e in entries if wanted(e, groups, subgroups, small)], groups)
+
+        things: list[Thing] = []
+        rows: list[np.ndarray] = []
+        for entry in entries:
+            sprites = {}
+            for style, drawings in styles.items():
+                drawing = drawings.get(hexcode(entry["hexcode"]))
+                if drawing:
+                    sprites[style] = len(rows)
+                    rows.append(rasterize(drawing))
+            if sprites:
+                group, subgroup = groups[str(entry["group"])], subgroups[str(entry["subgroup"])]
+                things.append(Thing(entry["label"], tuple(entry.get("tags", ())), group, subgroup, sprites))
+        np.save(folder / "sprites.npy", np.stack(rows))
+        (folder / "things.json").write_text(json.dumps([asdict(t) for t in things]), encoding="utf-8")
+    return Sprites.open(folder)

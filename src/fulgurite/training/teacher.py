@@ -1,0 +1,106 @@
+"""Stage two: text encoders and UNet together, from captions and latents, to predict v (arXiv 2202.00512).
+
+Two things differ from SDXL's own training. The text encoders learn here, with the UNet, instead of by contrast on
+a billion pairs. And the last timestep is trained on pure noise, which is what sampling starts from: the schedule
+leaks a little of the picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+
+from fulgurite.cards import Card
+from fulgurite.models import CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models.tokenizer import END, START, clip_bpe
+from fulgurite.sampling import TRAIN_STEPS, train_sigmas
+from fulgurite.training.latents import LatentSet
+from fulgurite.training.loop import Stage
+from fulgurite.training.scenes import caption
+
+UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
+PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
+OTHER_SHAPES = 0.1  # how often a batch is not square
+
+
+def train_tokenizer(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary of ``size`` in CLIP's order: bytes, bytes that end a word, merges, start, end; and its merges."""
+    letters = sorted(ByteLevel.alphabet())
+    alphabet = letters + [letter + "</w>" for letter in letters]
+    bpe = clip_bpe({START: 0, END: 1}, [])
+    trainer = BpeTrainer(
+        vocab_size=2 * size, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[START, END],
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(captions, trainer)
+    learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learned[: size - len(alphabet) - 2]
+    words = dict.fromkeys([*alphabet, *(a + b for a, b in merges)])
+    words |= dict.fromkeys(f"<|unused{i}|>" for i in range(size - len(words) - 2))
+    words |= dict.fromkeys([START, END])
+    return {word: i for i, word in enumerate(words)}, merges  # type: ignore[return-value]
+
+
+def noised(latents: Tensor, timesteps: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents at their timesteps' noise, of unit variance, and the v that the network should predict.
+
+    At the last timestep the input is the noise alone.
+    """
+    sigma = sigmas[timesteps].view(-1, 1, 1, 1)
+    signal, spread = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+    pure = (timesteps == TRAIN_STEPS - 1).view(-1, 1, 1, 1)
+    x = torch.where(pure, spread * noise, signal * latents + spread * noise)
+    return x, signal * noise - spread * latents
+
+
+def train_teacher(
+    latents: list[LatentSet],
+    card: Card,
+    tokenizer: Tokenizer,
+    folder: Path,
+    steps: int,
+    device: str = "cpu",
+    batch: int = 32,
+    peak: float = 8e-4,
+    seed: int = 0,
+) -> nn.ModuleDict:
+    """Trains in ``folder``, going on from its checkpoint; returns the averaged unet, text_encoder, text_encoder_2.
+
+    ``latents``: the square set first, then other shapes.
+    """
+    torch.manual_seed(seed)
+    unet = UNet(card.unet).to(device, memory_format=torch.channels_last)
+    encoders = [CLIPTextEncoder(config).to(device) for config in card.text_encoders]
+    networks = nn.ModuleDict({"unet": unet, "text_encoder": encoders[0], "text_encoder_2": encoders[1]})
+    stage = Stage(folder, networks, peak=peak, steps=steps, decay=0.9985)
+    sigmas = train_sigmas().to(device)
+
+    def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            (first, _), (second, pooled) = (encoder(ids) for encoder in encoders)
+            v = unet(x, timesteps, torch.cat([first, second], dim=-1), pooled, sizes)
+        return F.mse_loss(v.float(), target)
+
+    while stage.step < steps:
+        rng = random.Random(f"teacher {seed} {stage.step}")
+        torch.manual_seed(rng.getrandbits(63))
+        square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
+        chosen = latents[0] if square else rng.choice(latents[1:])
+        clean, scenes = chosen.batch(batch, rng)
+        captions = ["" if rng.random() < UNCONDITIONAL else caption(scene, rng) for scene in scenes]
+        timesteps = torch.randint(TRAIN_STEPS, (batch,))
+        timesteps[torch.rand(batch) < PURE_NOISE] = TRAIN_STEPS - 1
+        width, height = chosen.size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(batch, -1)
+
+        clean, timesteps, ids, sizes = (y.to(device) for y in (clean, timesteps, tokenizer(captions), sizes))
+        x, target = noised(clean, timesteps, torch.randn(clean.shape).to(device), sigmas)
+        stage.update({"v": loss(ids, x, timesteps, target, sizes)})
+    assert isinstance(stage.average, nn.ModuleDict)
+    return stage.average.eval()

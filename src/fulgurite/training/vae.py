@@ -1,0 +1,108 @@
+"""Stage one: the autoencoder (Rombach et al., arXiv 2112.10752, section 3.1), without the adversarial part.
+
+Vector art is flat areas with sharp edges: an absolute error on pixels and on their differences keeps both.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fulgurite.models import VAE, VAEConfig
+from fulgurite.models.vae import Attention, ResnetBlock
+from fulgurite.training.loop import Stage
+from fulgurite.training.scenes import random_scene, render
+from fulgurite.training.sources import Sprites
+
+CROP = 128  # pixels: the network is convolutional, so quarters of pictures teach it as much for less
+KL_WEIGHT = 1e-5
+FIRST_LOG_VARIANCE = -6.0  # from 0, the noise drowns what the encoder has to say, and it falls silent for good
+QUIET_STEPS = 800  # over these, the terms that a constant picture pleases most rise from nothing
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """Pictures ``[B, H, W, 3]``, uint8, to the network's pixels ``[B, 3, H, W]`` in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crops(rng: random.Random, sprites: Sprites, count: int) -> Tensor:
+    """The four quarters of each of ``count / 4`` scenes."""
+    pictures = np.stack([render(random_scene(rng, sprites), sprites) for _ in range(count // 4)])
+    quarters = [pictures[:, y : y + CROP, x : x + CROP] for y in (0, CROP) for x in (0, CROP)]
+    return to_pixels(np.concatenate(quarters))
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def reconstruction_losses(pixels: Tensor, again: Tensor) -> dict[str, Tensor]:
+    differences = [(a - b).abs().mean() for a, b in zip(edges(pixels), edges(again), strict=True)]
+    squared = (pixels - again).square().mean()  # leaves the plateau of the mean colour, where the absolute error sits
+    return {"pixels": (pixels - again).abs().mean(), "squared": squared, "edges": torch.stack(differences).sum() * 0.5}
+
+
+@torch.no_grad()
+def initialize(vae: VAE) -> None:
+    """Starts as a linear network: every residual branch silent, every other convolution keeping variance.
+
+    From torch's own start, twenty layers without a skip around them take hundreds of steps to pass a colour on.
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock):
+            nn.init.zeros_(module.conv2.weight)
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.to_out[0].weight)
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
+
+
+def train_vae(
+    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, device: str = "cpu", batch: int = 8, seed: int = 0
+) -> VAE:
+    """Trains an autoencoder in ``folder``, going on from its checkpoint, and returns the averaged network."""
+    torch.manual_seed(seed)
+    vae = VAE(config).to(device, memory_format=torch.channels_last)
+    initialize(vae)
+    stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=7e-4, steps=steps, decay=0.998)
+
+    def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device, torch.bfloat16):
+            mean, log_variance = (y.float() for y in vae.encode(pixels))
+            again = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
+        return again, 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+
+    cell = config.downscale
+    while stage.step < steps:
+        rng = random.Random(f"vae {seed} {stage.step}")
+        pixels = crops(rng, sprites, batch).to(device, memory_format=torch.channels_last)
+        noise = torch.randn(batch, config.latent_channels, CROP // cell, CROP // cell, device=device)
+        again, divergence = reconstruct(pixels, noise)
+        losses = reconstruction_losses(pixels, again)
+        rise = min(1.0, stage.step / QUIET_STEPS)
+        stage.update({**losses, "edges": rise * losses["edges"], "kl": rise * KL_WEIGHT * divergence})
+    average = stage.average["vae"]
+    assert isinstance(average, VAE)
+    return average.eval()
+
+
+@torch.no_grad()
+def normalize_latents(vae: VAE, pixels: Tensor) -> None:
+    """Folds each latent channel's mean and spread into the two 1x1 convolutions, so that latents are of unit scale."""
+    channels = vae.config.latent_channels
+    mean, _ = vae.encode(pixels)
+    centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    assert into.bias is not None and out.bias is not None
+    out.bias += out.weight[:, :, 0, 0] @ centre
+    out.weight *= spread[None, :, None, None]
+    into.bias[:channels] = (into.bias[:channels] - centre) / spread
+    into.weight[:channels] /= spread[:, None, None, None]
+    into.bias[channels:] -= 2 * spread.log()
