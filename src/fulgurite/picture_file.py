@@ -34,5 +34,6 @@ def png_bytes(picture: Picture) -> bytes:
     info = PngInfo()
     info.add_text("parameters", parameters(picture))
     file = io.BytesIO()
-    picture.image.save(file, "PNG", pnginfo=info)
+    # Level 3: a third of the time that the default takes, for files a tenth larger.
+    picture.image.save(file, "PNG", pnginfo=info, compress_level=3)
     return file.getvalue()
