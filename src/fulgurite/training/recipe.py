@@ -16,7 +16,7 @@ from fulgurite.training.latents import build_latents
 from fulgurite.training.scenes import caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.teacher import train_teacher, train_tokenizer
-from fulgurite.training.vae import crops, normalize_latents, train_vae
+from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
 
 MODEL = "fulgurite/spark"
 
@@ -28,13 +28,13 @@ class Preset:
     device: str
     small: bool  # two styles of the commonest things, instead of all
     vae_steps: int
-    scenes: int  # square ones; each other shape gets an eighth as many
+    scenes: int  # square ones; each other shape gets a twelfth as many
     teacher_steps: int
     batch: int
 
 
 PRESETS = {
-    "cpu": Preset("cpu", True, vae_steps=1500, scenes=12_000, teacher_steps=4000, batch=32),
+    "cpu": Preset("cpu", True, vae_steps=1150, scenes=7000, teacher_steps=4000, batch=32),
     "gpu": Preset("cuda", False, vae_steps=20_000, scenes=200_000, teacher_steps=100_000, batch=256),
 }
 
@@ -67,12 +67,12 @@ def train(work: Path, out: Path, preset: Preset) -> None:
     write_tokenizer(sprites, of_model.text_encoders[0].vocab_size, out / "tokenizer")
 
     vae = train_vae(sprites, of_model.vae, work / "vae", preset.vae_steps, preset.device)
-    pixels = crops(random.Random("normalize"), sprites, 256).to(preset.device)
+    pixels = to_pixels(render_pictures(sprites, 128, "normalize")).to(preset.device)
     normalize_latents(vae, pixels)
     save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")
 
     shapes = of_model.native_shapes
-    counts = [preset.scenes] + [preset.scenes // 8] * (len(shapes) - 1)
+    counts = [preset.scenes] + [preset.scenes // 12] * (len(shapes) - 1)
     sets = [
         build_latents(sprites_folder, vae, shape, count, work / "latents")
         for shape, count in zip(shapes, counts, strict=True)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fulgurite.training.sources import SPRITE, Sprites, Thing
-from fulgurite.training.words import FILLERS, SYNONYMS
+from fulgurite.training.words import COMMON, FILLERS, SYNONYMS
 
 COLOURS = {
     "red": (214, 48, 49), "orange": (242, 140, 40), "yellow": (250, 208, 60), "green": (72, 168, 88),
@@ -29,6 +29,7 @@ STYLE_WORDS = {
 }
 # Where the prompt names no style, the answer should be one style, not a mixture: mostly the first.
 STYLE_WEIGHTS = {"3d": 3.0}
+COMMON_WEIGHT = 4  # how much oftener a common thing is drawn
 UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
 OTHERS_UNSAID = 0.12
 
@@ -57,12 +58,13 @@ class Scene:
 def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (256, 256)) -> Scene:
     """One scene: six in seven hold one thing, the others two."""
     count = 1 if rng.random() < 0.86 else 2
-    first = rng.choice(sprites.things)
+    weights = [COMMON_WEIGHT if t.name in COMMON or t.name in SYNONYMS else 1 for t in sprites.things]
+    first = rng.choices(sprites.things, weights)[0]
     styles = list(first.sprites)
     style = rng.choices(styles, [STYLE_WEIGHTS.get(s, 1.0) for s in styles])[0]
     things = [first]
     while len(things) < count:
-        other = rng.choice(sprites.things)
+        other = rng.choices(sprites.things, weights)[0]
         if style in other.sprites and other is not first:
             things.append(other)
 

@@ -16,9 +16,11 @@ from fulgurite.training.loop import Stage
 from fulgurite.training.scenes import random_scene, render
 from fulgurite.training.sources import Sprites
 
-CROP = 128  # pixels: the network is convolutional, so quarters of pictures teach it as much for less
+CROP = 96  # pixels: the network is convolutional, so parts of pictures teach it as much for less
+PICTURES = 3000  # rendered beforehand
 KL_WEIGHT = 1e-5
 FIRST_LOG_VARIANCE = -6.0  # from 0, the noise drowns what the encoder has to say, and it falls silent for good
+LAST_CONSTANT = 1.0  # about two and a half times the spread of what the last block starts with
 QUIET_STEPS = 800  # over these, the terms that a constant picture pleases most rise from nothing
 
 
@@ -27,11 +29,17 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def crops(rng: random.Random, sprites: Sprites, count: int) -> Tensor:
-    """The four quarters of each of ``count / 4`` scenes."""
-    pictures = np.stack([render(random_scene(rng, sprites), sprites) for _ in range(count // 4)])
-    quarters = [pictures[:, y : y + CROP, x : x + CROP] for y in (0, CROP) for x in (0, CROP)]
-    return to_pixels(np.concatenate(quarters))
+def render_pictures(sprites: Sprites, count: int, seed: str) -> np.ndarray:
+    """Scenes as pictures ``[N, 256, 256, 3]``, uint8."""
+    rng = random.Random(seed)
+    return np.stack([render(random_scene(rng, sprites), sprites) for _ in range(count)])
+
+
+def crops(rng: random.Random, pictures: np.ndarray, count: int) -> Tensor:
+    """A random crop of each of ``count`` pictures: many pictures a step, since each has few colours."""
+    room = pictures.shape[1] - CROP
+    picks = [(rng.randrange(len(pictures)), rng.randint(0, room), rng.randint(0, room)) for _ in range(count)]
+    return to_pixels(np.stack([pictures[i, y : y + CROP, x : x + CROP] for i, y, x in picks]))
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +56,8 @@ def reconstruction_losses(pixels: Tensor, again: Tensor) -> dict[str, Tensor]:
 def initialize(vae: VAE) -> None:
     """Starts as a linear network: every residual branch silent, every other convolution keeping variance.
 
-    From torch's own start, twenty layers without a skip around them take hundreds of steps to pass a colour on.
+    The last group norm sees constants much larger than the picture, with both signs in every group. Without them it
+    takes each picture's mean colour away, and many hundreds of steps go by before the network has found that out.
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
@@ -60,18 +69,20 @@ def initialize(vae: VAE) -> None:
             nn.init.zeros_(module.conv2.weight)
         if isinstance(module, Attention):
             nn.init.zeros_(module.to_out[0].weight)
+    last = vae.decoder.up_blocks[-1].resnets[-1].conv2.bias
+    last[0::2], last[1::2] = LAST_CONSTANT, -LAST_CONSTANT
     assert vae.quant_conv.bias is not None
     vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
 
 
 def train_vae(
-    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, device: str = "cpu", batch: int = 8, seed: int = 0
+    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, device: str = "cpu", batch: int = 16, seed: int = 0
 ) -> VAE:
     """Trains an autoencoder in ``folder``, going on from its checkpoint, and returns the averaged network."""
     torch.manual_seed(seed)
     vae = VAE(config).to(device, memory_format=torch.channels_last)
     initialize(vae)
-    stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=7e-4, steps=steps, decay=0.998)
+    stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device, torch.bfloat16):
@@ -80,9 +91,10 @@ def train_vae(
         return again, 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
 
     cell = config.downscale
+    pictures = render_pictures(sprites, PICTURES, f"vae {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
         rng = random.Random(f"vae {seed} {stage.step}")
-        pixels = crops(rng, sprites, batch).to(device, memory_format=torch.channels_last)
+        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)
         noise = torch.randn(batch, config.latent_channels, CROP // cell, CROP // cell, device=device)
         again, divergence = reconstruct(pixels, noise)
         losses = reconstruction_losses(pixels, again)
@@ -100,7 +112,8 @@ def normalize_latents(vae: VAE, pixels: Tensor) -> None:
     mean, _ = vae.encode(pixels)
     centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
-    assert into.bias is not None and out.bias is not None
+    assert into.bias is not None
+    assert out.bias is not None
     out.bias += out.weight[:, :, 0, 0] @ centre
     out.weight *= spread[None, :, None, None]
     into.bias[:channels] = (into.bias[:channels] - centre) / spread

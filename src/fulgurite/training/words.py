@@ -5,6 +5,23 @@ FILLERS = (
     "colorful", "modern", "fancy", "little", "large", "high quality", "minimal", "stylized", "single", "nice",
 )  # fmt: skip
 
+# Asked for often, and so drawn often: these and all that have synonyms.
+COMMON = {
+    "lion", "elephant", "giraffe", "zebra", "deer", "wolf", "raccoon", "squirrel", "chipmunk", "hedgehog", "bat",
+    "otter", "sloth", "kangaroo", "llama", "camel", "goat", "pig", "cow", "mouse", "frog", "snake", "penguin", "owl",
+    "duck", "eagle", "flamingo", "peacock", "parrot", "rooster", "swan", "unicorn", "dragon", "dolphin", "shark",
+    "octopus", "crab", "lobster", "squid", "jellyfish", "snail", "butterfly", "ant", "spider", "whale", "fish",
+    "rose", "tulip", "bouquet", "cactus", "palm tree", "four leaf clover", "maple leaf", "herb", "grapes",
+    "watermelon", "lemon", "banana", "pineapple", "mango", "green apple", "pear", "peach", "cherries", "strawberry",
+    "blueberries", "kiwi fruit", "tomato", "coconut", "avocado", "carrot", "cucumber", "broccoli", "garlic", "onion",
+    "bread", "croissant", "pancakes", "waffle", "hot dog", "sandwich", "taco", "egg", "popcorn", "sushi", "cookie",
+    "cupcake", "pie", "candy", "lollipop", "chocolate bar", "glass of milk", "wine glass", "teapot", "bubble tea",
+    "volcano", "camping", "hospital", "school", "factory", "bus", "ambulance", "police car", "taxi", "tractor",
+    "helicopter", "anchor", "parachute", "sun", "star", "cloud", "rainbow", "umbrella", "snowflake", "snowman",
+    "comet", "balloon", "fireworks", "basketball", "baseball", "volleyball", "bowling", "trumpet", "saxophone",
+    "violin", "drum", "skateboard", "canoe", "kite", "alien",
+}  # fmt: skip
+
 SYNONYMS = {
     "rocket": ("spacecraft", "spaceship", "space rocket", "starship", "rocket ship"),
     "flying saucer": ("ufo", "spacecraft", "alien spaceship", "spaceship"),
