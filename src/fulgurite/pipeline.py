@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fulgurite.cards import Card, card
-from fulgurite.errors import RequestError
+from fulgurite.models import AttentionGuidance
 from fulgurite.sampling import (
     Schedule,
     euler_step,
@@ -54,6 +54,17 @@ class Picture:
     notes: tuple[str, ...]  # what was not done as asked, each a sentence for people
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told besides the latent; guided, the prompts are two: what is wanted, and what is not."""
+
+    context: Tensor  # [1 or 2, S, D]
+    pooled: Tensor  # [1 or 2, P]
+    sizes: Tensor  # [1, 6]
+    strength: float
+    distilled: bool
+
+
 class Pipeline:
     """A model, ready to draw.
 
@@ -85,20 +96,20 @@ class Pipeline:
 
     @torch.inference_mode()
     def draw(self, request: Request, on_step: OnStep | None = None) -> Picture:
-        """Draws what is asked for. Raises RequestError where this model cannot."""
+        """Draws what is asked for."""
         started = time.perf_counter()
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbits(32))
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        request = replace(request, seed=seed)
         steps, strength = self.card.steps_for(request.num_steps), guidance_strength(self.card, request)
         drawn = drawn_size(self.card, request.width, request.height)
 
-        # Guided, the batch has two rows: what is wanted, and what is not.
         prompts = [request.prompt] + ([request.negative_prompt] if strength != 1 else [])
         context, pooled = encode_prompts(self.networks, prompts, self.device)
         sizes = size_conditioning(drawn if self.card.native_shapes else (request.width, request.height))
+        conditions = Conditions(context, pooled, sizes.to(self.device), strength, bool(self.card.schedules))
         schedule = trailing_schedule(steps)
-        noise = starting_noise(self._seed(request), latent_shape(self.card, drawn), float(schedule.sigmas[0]))
-        latents = self._denoise(noise[None], schedule, context, pooled, sizes, strength, on_step)
+        noise = starting_noise(seed, latent_shape(self.card, drawn), float(schedule.sigmas[0]))
+        latents = self._denoise(noise[None], schedule, conditions, on_step)
         image = to_image(self._decode(latents)[0])
 
         return Picture(
@@ -111,37 +122,31 @@ class Pipeline:
             notes=notes(self.card, self.networks, request, steps, drawn),
         )
 
-    @staticmethod
-    def _seed(request: Request) -> int:
-        assert request.seed is not None
-        return request.seed
-
-    def _denoise(
-        self,
-        x: Tensor,
-        schedule: Schedule,
-        context: Tensor,
-        pooled: Tensor,
-        sizes: Tensor,
-        strength: float,
-        on_step: OnStep | None,
-    ) -> Tensor:
+    def _denoise(self, x: Tensor, schedule: Schedule, conditions: Conditions, on_step: OnStep | None) -> Tensor:
         """Noise ``[1, C, h, w]`` to a clean latent, in float32 whatever the network's precision."""
-        rows = len(context)
-        x, sizes = x.to(self.device), sizes.expand(rows, -1).to(self.device)
+        x = x.to(self.device)
         sigmas, timesteps = schedule.sigmas.to(self.device), schedule.timesteps.to(self.device)
         for i, timestep in enumerate(timesteps):
             sigma, next_sigma = sigmas[i : i + 1], sigmas[i + 1 : i + 2]
-            inputs = scale_input(x, sigma).expand(rows, -1, -1, -1).to(self.dtype)
-            prediction = self.networks.unet(inputs, timestep.expand(rows), context, pooled, sizes).float()
-            denoised = to_denoised(prediction, x.expand_as(prediction), sigma, self.networks.prediction)
-            if rows == 2:  # classifier-free guidance (Ho and Salimans, arXiv 2207.12598)
-                wanted, unwanted = denoised.chunk(2)
-                denoised = unwanted + strength * (wanted - unwanted)
-            x = euler_step(x, denoised, sigma, next_sigma)
+            prediction = self._predict(scale_input(x, sigma).to(self.dtype), timestep[None], conditions).float()
+            x = euler_step(x, to_denoised(prediction, x, sigma, self.networks.prediction), sigma, next_sigma)
             if on_step:
                 on_step(i + 1, len(timesteps))
         return x
+
+    def _predict(self, x: Tensor, timestep: Tensor, to: Conditions) -> Tensor:
+        """The network's prediction ``[1, C, h, w]``, guided where that is asked for."""
+        unet = self.networks.unet
+        if to.strength == 1:
+            return unet(x, timestep, to.context, to.pooled, to.sizes)
+        if to.distilled:
+            guidance = AttentionGuidance(to.context[1:], torch.tensor([to.strength], device=self.device))
+            return unet(x, timestep, to.context[:1], to.pooled[:1], to.sizes, guidance)
+        # Classifier-free guidance (Ho and Salimans, arXiv 2207.12598). What is predicted is linear in the clean
+        # latent for every kind of prediction, so guiding the one guides the other.
+        both = unet(x.expand(2, -1, -1, -1), timestep.expand(2), to.context, to.pooled, to.sizes.expand(2, -1))
+        wanted, unwanted = both.float().chunk(2)
+        return unwanted + to.strength * (wanted - unwanted)
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae = self.networks.vae
@@ -149,14 +154,16 @@ class Pipeline:
 
 
 def guidance_strength(card: Card, request: Request) -> float:
-    """The strength of classifier-free guidance that the API's number stands for; 1: none is computed."""
-    if card.schedules:
-        if request.guidance != DEFAULT_GUIDANCE:
-            raise RequestError(f"{card.id} draws with guidance as distilled: leave it out or send 7.5.", "guidance")
-        if request.negative_prompt:
-            raise RequestError(f"{card.id} takes no negative prompt yet: leave it out.", "negative_prompt")
-        return 1.0
-    return request.guidance / DEFAULT_GUIDANCE * card.guidance_strength
+    """The strength that the API's guidance stands for; 1: none is computed.
+
+    It rises from 1 at 0 through the card's at 7.5: for an undistilled model that of classifier-free guidance, for
+    a distilled one that of attention guidance away from a negative prompt. A distilled model has its teacher's
+    guidance in its weights, so without a negative prompt 7.5 leaves it alone, and other values are relative to that.
+    """
+    share = request.guidance / DEFAULT_GUIDANCE
+    if card.schedules and not request.negative_prompt:
+        return share
+    return 1 + share * (card.guidance_strength - 1)
 
 
 def drawn_size(card: Card, width: int, height: int) -> tuple[int, int]:
@@ -212,6 +219,8 @@ def notes(card: Card, networks: Networks, request: Request, steps: int, drawn: t
         found.append(f"ran {steps} steps, the largest schedule of this model within the {request.num_steps} allowed")
     if card.native_shapes and drawn != (request.width, request.height):
         found.append(f"drawn at {drawn[0]}x{drawn[1]} and resampled to {request.width}x{request.height}")
+    if request.negative_prompt and request.guidance == 0:
+        found.append("negative_prompt had no effect, since guidance was 0")
     for name in ("prompt", "negative_prompt"):
         if any(tokenizer.encode(getattr(request, name))[1] for tokenizer in networks.tokenizers):
             found.append(f"{name} was cut to its first {networks.tokenizers[0].length - 2} tokens")

@@ -51,7 +51,10 @@ def scale_input(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def to_denoised(prediction: Tensor, x: Tensor, sigma: Tensor, kind: str) -> Tensor:
-    """What the network's prediction says the clean latent is: ``kind`` is "epsilon", "v" or "x0". ``x`` is not scaled; ``sigma`` is ``[B]``."""
+    """What the network's prediction says the clean latent is: ``kind`` is "epsilon", "v" or "x0".
+
+    ``x`` is not scaled; ``sigma`` is ``[B]``.
+    """
     s = per_row(sigma, x)
     if kind == "epsilon":
         return x - s * prediction

@@ -54,7 +54,7 @@ class Card:
     base_architecture: str
     schedules: tuple[int, ...]  # step counts it was distilled for; empty: any number of steps
     prediction: str  # "epsilon", "v" or "x0"
-    guidance_strength: float  # what the API's 7.5 stands for; 1: as distilled, no guidance is computed
+    guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
     native_shapes: tuple[tuple[int, int], ...]  # width, height; empty: any size
     unet: UNetConfig
     vae: VAEConfig

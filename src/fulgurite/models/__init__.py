@@ -2,7 +2,16 @@
 
 from fulgurite.models.clip import CLIPTextConfig, CLIPTextEncoder
 from fulgurite.models.tokenizer import Tokenizer
-from fulgurite.models.unet import UNet, UNetConfig
+from fulgurite.models.unet import AttentionGuidance, UNet, UNetConfig
 from fulgurite.models.vae import VAE, VAEConfig
 
-__all__ = ["VAE", "CLIPTextConfig", "CLIPTextEncoder", "Tokenizer", "UNet", "UNetConfig", "VAEConfig"]
+__all__ = [
+    "VAE",
+    "AttentionGuidance",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "Tokenizer",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+]

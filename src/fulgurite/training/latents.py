@@ -24,10 +24,12 @@ def scene_at(sprites: Sprites, size: tuple[int, int], index: int) -> Scene:
 
 
 @torch.inference_mode()
-def encode_scenes(sprites_folder: Path, vae: VAE, size: tuple[int, int], numbers: range) -> np.ndarray:
+def encode_scenes(
+    sprites_folder: Path, names: frozenset[str] | None, vae: VAE, size: tuple[int, int], numbers: range
+) -> np.ndarray:
     """Latents ``[N, C, h, w]``, float16, of the scenes of these numbers."""
     torch.set_num_threads(1)  # one process a core
-    sprites = Sprites.open(sprites_folder)
+    sprites = Sprites.open(sprites_folder, names)
     device = next(vae.parameters()).device
     rows = []
     for start in range(numbers.start, numbers.stop, CHUNK):
@@ -53,14 +55,16 @@ class LatentSet:
         return torch.from_numpy(self.latents[picks]).float(), [self.scenes[i] for i in picks]
 
 
-def build_latents(sprites_folder: Path, vae: VAE, size: tuple[int, int], count: int, folder: Path) -> LatentSet:
-    """Encodes scenes 0..count into ``folder``, on every core; done once, then read back."""
+def build_latents(
+    sprites_folder: Path, names: frozenset[str] | None, vae: VAE, size: tuple[int, int], count: int, folder: Path
+) -> LatentSet:
+    """Encodes scenes 0..count of the things with these names, or of all, into ``folder``; done once, then read back."""
     path = folder / f"latents-{size[0]}x{size[1]}-{count}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         ranges = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(encode_scenes, sprites_folder, vae, size, numbers) for numbers in ranges]
+            jobs = [pool.submit(encode_scenes, sprites_folder, names, vae, size, numbers) for numbers in ranges]
             np.save(path, np.concatenate([job.result() for job in jobs]))
-    sprites = Sprites.open(sprites_folder)
+    sprites = Sprites.open(sprites_folder, names)
     return LatentSet(size, np.load(path), [scene_at(sprites, size, i) for i in range(count)])

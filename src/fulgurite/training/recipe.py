@@ -1,4 +1,4 @@
-"""The embedded model from nothing, as one command: data, autoencoder, teacher, then the files that ship."""
+"""The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, then the files that ship."""
 
 import json
 import random
@@ -12,11 +12,13 @@ from torch import nn
 from fulgurite.cards import card
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import END
-from fulgurite.training.latents import build_latents
+from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.scenes import caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.teacher import train_teacher, train_tokenizer
-from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
+from fulgurite.training.text import train_text_encoders
+from fulgurite.training.vae import normalize_latents, refine_decoder, render_pictures, to_pixels, train_vae
+from fulgurite.training.words import FIRST
 
 MODEL = "fulgurite/spark"
 
@@ -28,14 +30,37 @@ class Preset:
     device: str
     small: bool  # two styles of the commonest things, instead of all
     vae_steps: int
+    text_steps: int
     scenes: int  # square ones; each other shape gets a twelfth as many
     teacher_steps: int
+    focus_steps: int  # on the few things of FIRST alone, where there is not the time to learn all well
     batch: int
+    decoder_steps: int
 
 
 PRESETS = {
-    "cpu": Preset("cpu", True, vae_steps=1150, scenes=7000, teacher_steps=4000, batch=32),
-    "gpu": Preset("cuda", False, vae_steps=20_000, scenes=200_000, teacher_steps=100_000, batch=256),
+    "cpu": Preset(
+        "cpu",
+        True,
+        vae_steps=1150,
+        text_steps=700,
+        scenes=6000,
+        teacher_steps=3500,
+        focus_steps=3300,
+        batch=32,
+        decoder_steps=1000,
+    ),
+    "gpu": Preset(
+        "cuda",
+        False,
+        vae_steps=20_000,
+        text_steps=5000,
+        scenes=200_000,
+        teacher_steps=100_000,
+        focus_steps=0,
+        batch=256,
+        decoder_steps=10_000,
+    ),
 }
 
 
@@ -69,19 +94,26 @@ def train(work: Path, out: Path, preset: Preset) -> None:
     vae = train_vae(sprites, of_model.vae, work / "vae", preset.vae_steps, preset.device)
     pixels = to_pixels(render_pictures(sprites, 128, "normalize")).to(preset.device)
     normalize_latents(vae, pixels)
-    save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")
-
-    shapes = of_model.native_shapes
-    counts = [preset.scenes] + [preset.scenes // 12] * (len(shapes) - 1)
-    sets = [
-        build_latents(sprites_folder, vae, shape, count, work / "latents")
-        for shape, count in zip(shapes, counts, strict=True)
-    ]
     tokenizer = Tokenizer.from_folder(out / "tokenizer", of_model.text_encoders[0].max_position_embeddings)
+    encoders = train_text_encoders(sprites, of_model, tokenizer, work / "text", preset.text_steps, preset.device)
+    for name, encoder in encoders.items():
+        save_network(encoder, out / name / "model.safetensors")
+
+    def latents(names: frozenset[str] | None, count: int, folder: Path) -> list[LatentSet]:
+        """Square scenes, then those of the other native shapes, a twelfth as many of each."""
+        square, *others = of_model.native_shapes
+        counts = [(square, count)] + [(shape, count // 12) for shape in others]
+        return [build_latents(sprites_folder, names, vae, shape, number, folder) for shape, number in counts]
+
     torch.set_float32_matmul_precision("high")
-    networks = train_teacher(
-        sets, of_model, tokenizer, work / "teacher", preset.teacher_steps, preset.device, preset.batch
+    run = (of_model, tokenizer, encoders)
+    scale = {"device": preset.device, "batch": preset.batch}
+    unet = train_teacher(
+        latents(None, preset.scenes, work / "latents"), *run, work / "teacher", preset.teacher_steps, **scale
     )
-    save_network(networks["unet"], out / "unet/diffusion_pytorch_model.safetensors")
-    save_network(networks["text_encoder"], out / "text_encoder/model.safetensors")
-    save_network(networks["text_encoder_2"], out / "text_encoder_2/model.safetensors")
+    if preset.focus_steps:
+        focus = latents(FIRST, preset.scenes, work / "focus_latents")
+        unet = train_teacher(focus, *run, work / "focus", preset.focus_steps, **scale, start=unet)
+    save_network(unet, out / "unet/diffusion_pytorch_model.safetensors")
+    vae = refine_decoder(sprites, vae, work / "decoder", preset.decoder_steps, preset.device)
+    save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")

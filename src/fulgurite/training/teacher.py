@@ -1,8 +1,7 @@
-"""Stage two: text encoders and UNet together, from captions and latents, to predict v (arXiv 2202.00512).
+"""Stage three: the UNet, from captions and latents, to predict v (arXiv 2202.00512).
 
-Two things differ from SDXL's own training. The text encoders learn here, with the UNet, instead of by contrast on
-a billion pairs. And the last timestep is trained on pure noise, which is what sampling starts from: the schedule
-leaks a little of the picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
+The last timestep is trained on pure noise, which is what sampling starts from: SDXL's schedule leaks a little of the
+picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
 """
 
 import json
@@ -17,8 +16,9 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from fulgurite.cards import Card
-from fulgurite.models import CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import Tokenizer, UNet
 from fulgurite.models.tokenizer import END, START, clip_bpe
+from fulgurite.models.unet import ResnetBlock, SpatialTransformer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Stage
@@ -26,7 +26,7 @@ from fulgurite.training.scenes import caption
 
 UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
-OTHER_SHAPES = 0.1  # how often a batch is not square
+OTHER_SHAPES = 0.06  # how often a batch is not square
 
 
 def train_tokenizer(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -59,31 +59,46 @@ def noised(latents: Tensor, timesteps: Tensor, noise: Tensor, sigmas: Tensor) ->
     return x, signal * noise - spread * latents
 
 
+@torch.no_grad()
+def initialize(unet: UNet) -> None:
+    """Starts as a shallow network: every residual branch silent, as diffusion UNets have done since DDPM."""
+    silent: list[nn.Conv2d | nn.Linear] = [unet.conv_out]
+    silent += [module.conv2 for module in unet.modules() if isinstance(module, ResnetBlock)]
+    silent += [module.proj_out for module in unet.modules() if isinstance(module, SpatialTransformer)]
+    for layer in silent:
+        nn.init.zeros_(layer.weight)
+
+
 def train_teacher(
     latents: list[LatentSet],
     card: Card,
     tokenizer: Tokenizer,
+    encoders: nn.ModuleDict,
     folder: Path,
     steps: int,
     device: str = "cpu",
     batch: int = 32,
-    peak: float = 8e-4,
+    peak: float = 1e-3,
     seed: int = 0,
-) -> nn.ModuleDict:
-    """Trains in ``folder``, going on from its checkpoint; returns the averaged unet, text_encoder, text_encoder_2.
+    start: UNet | None = None,
+) -> UNet:
+    """Trains in ``folder``, going on from its checkpoint, else from ``start``; returns the averaged network.
 
     ``latents``: the square set first, then other shapes.
     """
     torch.manual_seed(seed)
     unet = UNet(card.unet).to(device, memory_format=torch.channels_last)
-    encoders = [CLIPTextEncoder(config).to(device) for config in card.text_encoders]
-    networks = nn.ModuleDict({"unet": unet, "text_encoder": encoders[0], "text_encoder_2": encoders[1]})
-    stage = Stage(folder, networks, peak=peak, steps=steps, decay=0.9985)
+    if start:
+        unet.load_state_dict(start.state_dict())
+    else:
+        initialize(unet)
+    encoders = encoders.requires_grad_(False)
+    stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985)
     sigmas = train_sigmas().to(device)
 
     def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
-            (first, _), (second, pooled) = (encoder(ids) for encoder in encoders)
+            (first, _), (second, pooled) = (encoder(ids) for encoder in encoders.values())
             v = unet(x, timesteps, torch.cat([first, second], dim=-1), pooled, sizes)
         return F.mse_loss(v.float(), target)
 
@@ -94,7 +109,7 @@ def train_teacher(
         chosen = latents[0] if square else rng.choice(latents[1:])
         clean, scenes = chosen.batch(batch, rng)
         captions = ["" if rng.random() < UNCONDITIONAL else caption(scene, rng) for scene in scenes]
-        timesteps = torch.randint(TRAIN_STEPS, (batch,))
+        timesteps = ((1 - torch.rand(batch) ** 2) * TRAIN_STEPS).long().clamp_max(TRAIN_STEPS - 1)
         timesteps[torch.rand(batch) < PURE_NOISE] = TRAIN_STEPS - 1
         width, height = chosen.size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(batch, -1)
@@ -102,5 +117,6 @@ def train_teacher(
         clean, timesteps, ids, sizes = (y.to(device) for y in (clean, timesteps, tokenizer(captions), sizes))
         x, target = noised(clean, timesteps, torch.randn(clean.shape).to(device), sigmas)
         stage.update({"v": loss(ids, x, timesteps, target, sizes)})
-    assert isinstance(stage.average, nn.ModuleDict)
-    return stage.average.eval()
+    average = stage.average["unet"]
+    assert isinstance(average, UNet)
+    return average.eval()

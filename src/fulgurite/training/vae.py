@@ -21,6 +21,7 @@ PICTURES = 3000  # rendered beforehand
 KL_WEIGHT = 1e-5
 FIRST_LOG_VARIANCE = -6.0  # from 0, the noise drowns what the encoder has to say, and it falls silent for good
 LAST_CONSTANT = 1.0  # about two and a half times the spread of what the last block starts with
+LATENT_NOISE = 0.05  # of unit scale: what a UNet draws is never exactly what an encoder says
 QUIET_STEPS = 800  # over these, the terms that a constant picture pleases most rise from nothing
 
 
@@ -103,6 +104,26 @@ def train_vae(
     average = stage.average["vae"]
     assert isinstance(average, VAE)
     return average.eval()
+
+
+def refine_decoder(
+    sprites: Sprites, vae: VAE, folder: Path, steps: int, device: str = "cpu", batch: int = 16, seed: int = 1
+) -> VAE:
+    """Trains the decoder on, with the encoder as it is: latents made already, and what was learned from them, stand."""
+    torch.manual_seed(seed)
+    decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    stage = Stage(folder, decoding, peak=7e-4, steps=steps, decay=0.998)
+    pictures = render_pictures(sprites, PICTURES, f"decoder {seed}") if stage.step < steps else np.empty(0)
+    while stage.step < steps:
+        rng = random.Random(f"decoder {seed} {stage.step}")
+        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                mean, _ = vae.encode(pixels)
+            again = vae.decode(mean.float() + LATENT_NOISE * torch.randn(mean.shape, device=device)).float()
+        stage.update(reconstruction_losses(pixels, again))
+    decoding.load_state_dict(stage.average.state_dict())
+    return vae.eval()
 
 
 @torch.no_grad()
