@@ -14,10 +14,10 @@ from PIL import Image
 import fulgurite
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
+from fulgurite.ledger import Ledger
 from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
 from fulgurite.models.tokenizer import END, START
 from fulgurite.server import create_app
-from fulgurite.server.key import hashed
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks
 
@@ -78,9 +78,18 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def client(engine: FakeEngine) -> Iterator[TestClient]:
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """A ledger of its own for each test, with the key that tests send."""
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.keys.set_from_environment(KEY)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def client(engine: FakeEngine, ledger: Ledger) -> Iterator[TestClient]:
     """The server over the fake engine, with the key sent."""
-    app = create_app(engine, read_settings(), hashed(KEY.encode()))
+    app = create_app(engine, ledger, read_settings())
     with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
         yield client
 

@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 
 from fulgurite import Pipeline
 from fulgurite.engine import Engine, Loader
+from fulgurite.ledger import Ledger
 from fulgurite.server import create_app
-from fulgurite.server.key import hashed
 from fulgurite.settings import read_settings
 
 JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def app(tiny: Pipeline) -> Iterator[FastAPI]:
-    """The real engine over real, if tiny, networks."""
+def app(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    """The real engine over real, if tiny, networks, and a real ledger."""
     engine = Engine(lambda model, steps: tiny)
-    yield create_app(engine, read_settings(), hashed(KEY.encode()))
+    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('bad')}/ledger.db")
+    ledger.keys.set_from_environment(KEY)
+    yield create_app(engine, ledger, read_settings())
     engine.close()
+    ledger.close()
 
 
 @pytest.fixture
@@ -165,11 +168,13 @@ def test_bodies_that_are_too_large(client: TestClient) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_weights_that_are_not_there_say_how_to_pull_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_that_are_not_there_say_how_to_pull_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ledger: Ledger
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     engine = Engine(Loader("cpu"))
     try:
-        with TestClient(create_app(engine, read_settings(), hashed(KEY.encode())), headers=HEADERS) as client:
+        with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as client:
             response = client.post("/api/v1", json=body() | {"model": LIGHTNING})
     finally:
         engine.close()
@@ -200,10 +205,10 @@ def test_no_json_is_ever_a_500(client: TestClient, value: object) -> None:
 
 
 @needs_weights
-def test_strange_prompts_with_the_embedded_model() -> None:
+def test_strange_prompts_with_the_embedded_model(ledger: Ledger) -> None:
     engine = Engine(Loader("cpu"))
     try:
-        app = create_app(engine, read_settings(), hashed(KEY.encode()))
+        app = create_app(engine, ledger, read_settings())
         with TestClient(app, headers=HEADERS) as client:
             for prompt in ("\0\0", "🔥🦊", "שועל אדום", "a" * 100_000):
                 assert post(client, json.dumps(body(prompt=prompt, num_steps=1))).status_code == 200

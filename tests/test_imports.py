@@ -21,9 +21,11 @@ MAY_KNOW = {
     "parameters": {"errors"},
     "picture_file": {"pipeline"},
     "settings": {"errors"},
+    "records": set(),
     "engine": {"cards", "errors", "kernels", "models", "pipeline", "sampling", "settings", "weights"},
-    "ledger": {"errors", "settings"},
-    "server": {"cards", "errors", "parameters", "picture_file", "pipeline", "settings"},  # the engine by a protocol
+    "ledger": {"errors", "records", "settings"},
+    # The engine and the ledger by protocols:
+    "server": {"cards", "errors", "parameters", "picture_file", "pipeline", "records", "settings"},
     "training": {"cards", "errors", "kernels", "models", "pipeline", "sampling", "weights"},
 }
 OUTSIDERS = {"diffusers", "transformers", "peft"}  # oracles of the tests, never needed to run

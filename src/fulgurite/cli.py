@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fulgurite.cli_ledger import keys, usage
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def printable(text: str) -> str:
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
+app.add_typer(keys, name="keys")
+app.command()(usage)
 
 
 @app.callback()
@@ -168,7 +171,8 @@ def serve(
     import uvicorn
 
     from fulgurite.engine import Engine, Loader
-    from fulgurite.server import DEMO, KEY_FILE, api_key, create_app, demo_notice
+    from fulgurite.ledger import open_ledger
+    from fulgurite.server import DEMO, create_app, demo_notice
     from fulgurite.settings import read_settings
 
     settings = read_settings(host=host, port=port, models=tuple(model) if model else None, demo=demo)
@@ -176,14 +180,14 @@ def serve(
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    key_hash, new_key = api_key(settings)
-    if new_key:
-        say(f"Your API key, shown this once: {new_key}")
-    elif not settings.api_key:
-        say(f"The API key is the one shown at first start. To make another, delete {settings.home / KEY_FILE}.")
+    ledger = open_ledger(settings)
+    ledger.keys.set_from_environment(settings.api_key.get_secret_value() if settings.api_key else None)
+    if not any(key.state() == "active" for key in ledger.keys.all()):
+        _, secret = ledger.keys.create("first")
+        say(f"Your API key, shown this once: {secret}")
     engine = Engine(Loader(settings.device), settings.queue_size)
     config = uvicorn.Config(
-        create_app(engine, settings, key_hash), settings.host, settings.port, timeout_graceful_shutdown=30
+        create_app(engine, ledger, settings), settings.host, settings.port, timeout_graceful_shutdown=30
     )
     listener = config.bind_socket()  # says what is wrong, and exits, where it cannot
     say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
@@ -198,6 +202,7 @@ def serve(
         pass
     finally:
         engine.close()
+        ledger.close()
 
 
 @app.command()
@@ -231,3 +236,26 @@ def models() -> None:
         origin = {"embedded": "inside the package", "hub": "on the hub: pull them"}.get(card.weights.source, "here")
         table.add_row(card.id, steps, origin)
     Console().print(table)
+
+
+@app.command()
+def train(
+    work: Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")],
+    out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = Path("spark"),
+    preset: Annotated[str, typer.Option(help="How much of everything: cpu or gpu.")] = "cpu",
+) -> None:
+    """Trains the small model from nothing, by the recipe that made the one inside the package."""
+    from importlib.util import find_spec
+    from shutil import which
+
+    if find_spec("resvg_py") is None:
+        raise FulguriteError("Training needs more packages: pip install 'fulgurite[train]'.")
+    if which("npm") is None:
+        raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
+
+    from fulgurite.training.recipe import PRESETS
+    from fulgurite.training.recipe import train as run
+
+    if preset not in PRESETS:
+        raise FulguriteError(f"--preset: there is no {preset!r}; there are {' and '.join(PRESETS)}.")
+    run(work, out, PRESETS[preset])

@@ -4,6 +4,9 @@ FulguriteError
 ├── RequestError          the request asks for what cannot be: says which parameter
 │   └── UnknownModelError no such model: names those there are
 ├── BusyError             no room for more work now: says when to come back
+├── CreditSpentError      the key's credit does not cover the price
+├── LedgerError           the ledger cannot be read or written: says which
+├── UnknownKeyError       no such API key
 └── WeightsError          the weights cannot be used: says which file and tensor
     └── NotPulledError    the weights are not on this machine: says how to pull them
 """
@@ -42,3 +45,18 @@ class BusyError(FulguriteError):
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class CreditSpentError(FulguriteError):
+    """A key's credit does not cover a picture's price."""
+
+
+class LedgerError(FulguriteError):
+    """The ledger's database cannot be used."""
+
+
+class UnknownKeyError(FulguriteError):
+    """No API key in use has this id."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no key {key_id!r} in use. `fulgurite keys list` shows the keys.")

@@ -1,14 +1,18 @@
-"""A picture as a PNG file that remembers how it was made, the way Stable Diffusion tools read it back."""
+"""A picture as a file that remembers how it was made, the way Stable Diffusion tools read it back."""
 
 import io
 import re
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fulgurite import Picture, __version__
 
 # PNG text holds no NUL, and other control characters break the tools that show it.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+LONGEST_COMMENT = 16_000  # characters: a JPEG's metadata must fit into 64 KiB
 
 
 def parameters(picture: Picture) -> str:
@@ -27,6 +31,28 @@ def parameters(picture: Picture) -> str:
 def readable(text: str) -> str:
     """The text without what a PNG cannot hold: control characters and lone surrogates."""
     return CONTROL.sub(" ", text).encode("utf-8", "replace").decode("utf-8")
+
+
+def file_bytes(picture: Picture, media_type: str) -> bytes:
+    """The file, of one of the media types in FORMATS: the same request and seed give the same bytes."""
+    if media_type == FORMATS["png"]:
+        return png_bytes(picture)
+    file = io.BytesIO()
+    if media_type == FORMATS["jpeg"]:
+        picture.image.save(file, "JPEG", quality=90, exif=user_comment(picture))
+    else:
+        picture.image.save(file, "WEBP", quality=90, method=2, exif=user_comment(picture))
+    return file.getvalue()
+
+
+def user_comment(picture: Picture) -> Image.Exif:
+    """The parameters where JPEG and WebP hold them; prompts too long for that are cut, the numbers kept."""
+    text, exif = parameters(picture), Image.Exif()
+    if len(text) > LONGEST_COMMENT:
+        numbers = text.rpartition("\n")[2]
+        text = f"{text[: LONGEST_COMMENT - len(numbers)]}...\n{numbers}"
+    exif.get_ifd(EXIF_IFD)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif
 
 
 def png_bytes(picture: Picture) -> bytes:

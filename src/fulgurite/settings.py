@@ -19,7 +19,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     home: Path = Field(default_factory=lambda: user_data_path("fulgurite"))  # where state lives
-    api_key: SecretStr | None = None  # None: made at first start and kept hashed under home
+    api_key: SecretStr | None = None  # a key for yourself; None: the ledger's, of which the first start makes one
+    ledger: SecretStr | None = None  # a database's URL, which may hold a password; None: ledger.db under home
+    keep_seconds: int = Field(86_400, ge=60, le=30 * 86_400)  # how long answers are kept for retries
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     models: Annotated[tuple[str, ...], NoDecode] = ()  # ids served, separated by commas; none: all there are

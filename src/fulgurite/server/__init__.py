@@ -1,7 +1,7 @@
-"""HTTP: the hosted API. Knows the engine by a small protocol, so that a fake one tests it."""
+"""HTTP: the hosted API. Knows the engine and the ledger by small protocols, so that fake ones test it."""
 
-from fulgurite.server.app import DEMO, create_app, demo_notice
-from fulgurite.server.key import KEY_FILE, api_key
-from fulgurite.server.protocol import Engine
+from fulgurite.server.app import create_app
+from fulgurite.server.protocol import Engine, Ledger
+from fulgurite.server.service import DEMO, demo_notice
 
-__all__ = ["DEMO", "KEY_FILE", "Engine", "api_key", "create_app", "demo_notice"]
+__all__ = ["DEMO", "Engine", "Ledger", "create_app", "demo_notice"]

@@ -1,12 +1,14 @@
 """The body of ``POST /api/v1``: read within a bound, and checked to the last field."""
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from fulgurite.parameters import Parameters, explain
+from fulgurite.picture_file import FORMATS
 from fulgurite.server.problems import Problem
 
 
@@ -17,6 +19,25 @@ class PictureBody(BaseModel):
 
     model: str = Field(max_length=200, description="The model's id.")
     data: Parameters
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(
+        None, description="What the picture is encoded as; left out, what the header Accept prefers, else PNG."
+    )
+
+    def media_type(self, accept: str) -> str:
+        """The picture's media type. Clients that accept none of those there are get a PNG, as from the hosted API."""
+        if self.output_format:
+            return FORMATS[self.output_format]
+        return max(FORMATS.values(), key=lambda kind: quality(kind, accept))
+
+
+def quality(media_type: str, accept: str) -> float:
+    """How much a client wants a media type, 0 to 1, by its header Accept. Wildcards are no preference."""
+    for part in accept.lower().split(","):
+        kind, _, parameters = part.partition(";")
+        if kind.strip() == media_type:
+            found = re.search(r"\bq=(\d(?:\.\d{1,3})?)", parameters)
+            return float(found[1]) if found else 1.0
+    return 0.0
 
 
 def body_schema() -> dict[str, Any]:

@@ -7,12 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fulgurite.errors import BusyError, NotPulledError, RequestError, UnknownModelError, WeightsError
+from fulgurite.errors import (
+    BusyError,
+    CreditSpentError,
+    FulguriteError,
+    LedgerError,
+    NotPulledError,
+    RequestError,
+    UnknownKeyError,
+    UnknownModelError,
+    WeightsError,
+)
 
 log = logging.getLogger("fulgurite")
 
@@ -47,6 +58,16 @@ def problem(error: Exception) -> Problem:
             return Problem(503, "not_pulled", str(error), "model")
         case WeightsError():
             return Problem(503, "weights_unusable", str(error), "model")
+        case CreditSpentError():
+            return Problem(402, "credit_spent", str(error))
+        case UnknownKeyError():
+            return Problem(404, "unknown_key", str(error))
+        case LedgerError():
+            log.error("%s", error)
+            message = "The ledger cannot be used now, so nothing is made and nothing is billed. Try again."
+            return Problem(503, "ledger_unavailable", message, headers={"Retry-After": "5"})
+        case RequestValidationError():
+            return invalid(error)
         case HTTPException(status_code=404):
             return Problem(404, "not_found", "There is nothing at this address. Pictures are made by POST /api/v1.")
         case HTTPException(status_code=405):
@@ -57,18 +78,30 @@ def problem(error: Exception) -> Problem:
             return Problem(500, "internal_error", "Something broke here. The log has more under this X-Request-Id.")
 
 
+def invalid(error: RequestValidationError) -> Problem:
+    """What FastAPI found wrong with a query or a body that it read itself."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Problem(400, "invalid_json", "The body is not JSON.")
+    name = ".".join(str(part) for part in first["loc"][1:])[:100]
+    return Problem(422, "invalid_parameter", f"{name}: {first['msg']}.", name or None)
+
+
 def add_problem_handlers(app: FastAPI) -> None:
     """Turns the exceptions that are meant for clients into answers."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return problem(error).response()
 
-    for kind in (Problem, RequestError, BusyError, WeightsError, HTTPException):
+    for kind in (Problem, FulguriteError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
 
 
 class Envelope:
-    """Gives every answer an ``X-Request-Id``, and makes of a bug a 500 that can be found in the log."""
+    """Gives every answer an ``X-Request-Id``, and makes of a bug a 500 that can be found in the log.
+
+    ``request.state`` holds it as ``request_id``; what a handler puts there as ``headers`` goes with every answer.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -77,12 +110,14 @@ class Envelope:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id, started = uuid.uuid4().hex, False
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
 
         async def tagged(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                MutableHeaders(scope=message).update({"X-Request-Id": request_id} | state.get("headers", {}))
             await send(message)
 
         try:

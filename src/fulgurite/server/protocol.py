@@ -1,9 +1,11 @@
-"""What the server needs of an engine, and no more."""
+"""What the server needs of an engine and of a ledger, and no more."""
 
 from concurrent.futures import Future
+from datetime import datetime
 from typing import Protocol
 
 from fulgurite import Picture, Request
+from fulgurite.records import Answer, Entry, Key, Limits, Usage
 
 
 class Engine(Protocol):
@@ -21,3 +23,45 @@ class Engine(Protocol):
 
     def stats(self) -> dict[str, int]:
         """Jobs ``queued``, ``running``, ``done`` and ``failed``."""
+
+
+class Keys(Protocol):
+    """Who may ask. Those that change or find may wait for a database; all but ``remembered`` raise LedgerError."""
+
+    def create(self, name: str, limits: Limits = ..., admin: bool = ...) -> tuple[Key, str]:
+        """A new key and its secret."""
+
+    def all(self) -> list[Key]:
+        """Every key, oldest first."""
+
+    def revoke(self, key_id: str) -> Key:
+        """Ends a key. Raises UnknownKeyError."""
+
+    def rotate(self, key_id: str) -> tuple[Key, str]:
+        """Gives a key another secret. Raises UnknownKeyError."""
+
+    def remembered(self, secret: str) -> Key | None:
+        """The secret's key, where that is known without waiting."""
+
+    def find(self, secret: str) -> Key | None:
+        """The secret's key, in whatever state it is; None where there is none."""
+
+
+class Ledger(Protocol):
+    """Who made what, at what price."""
+
+    @property
+    def keys(self) -> Keys: ...
+
+    def settle(self, entry: Entry, answer: Answer | None = None) -> Future[Answer | None]:
+        """Writes a picture's end, charges its price and keeps the answer, all or nothing.
+
+        The future ends in the answer to give, which is an earlier one where there was one; in CreditSpentError; or
+        in LedgerError.
+        """
+
+    def answer(self, key_id: str, *, id: str | None = None, idempotency_key: str | None = None) -> Answer | None:
+        """An answer that was kept. May wait for a database."""
+
+    def usage(self, since: datetime, until: datetime, key_id: str | None = None) -> list[Usage]:
+        """By day, model and key. May wait for a database."""

@@ -1,0 +1,73 @@
+"""The ledger's database: connections that fit SQLite and PostgreSQL, and the schema brought up to date."""
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from fulgurite.errors import LedgerError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATION_LOCK = 0x666C6772  # any number, the same in every server that shares a PostgreSQL
+
+
+def connect(url: str) -> Engine:
+    """An engine on the newest schema. Raises LedgerError; no message of it carries the URL's password."""
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = on_sqlite(parsed) if parsed.drivername == "sqlite" else create_engine(parsed, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError):
+        raise LedgerError(
+            "FULGURITE_LEDGER is not a database's URL, such as postgresql://USER:PASSWORD@HOST/NAME."
+        ) from None
+    except ModuleNotFoundError as error:
+        raise LedgerError(f"The ledger needs {error.name}: pip install 'fulgurite[postgres]'.") from None
+    try:
+        migrate(engine)
+    except SQLAlchemyError as error:
+        engine.dispose()
+        why = str(getattr(error, "orig", error)).partition("\n")[0]
+        raise LedgerError(f"Cannot open the ledger {parsed.render_as_string()}: {why}.") from None
+    return engine
+
+
+def on_sqlite(url: Any) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: object) -> None:
+        connection.isolation_level = None  # the driver begins no transactions of its own: `begin` below does
+        connection.execute("PRAGMA journal_mode = WAL")
+        # Every commit reaches the disk: a picture that was delivered stays billed even if the power fails.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and then writes cannot wait for another writer in SQLite: it would fail.
+        reading = connection.get_execution_options().get("reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def migrate(engine: Engine) -> None:
+    """Brings the schema to the newest migration; servers that start together take turns."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    head = ScriptDirectory.from_config(config).get_current_head()
+    with engine.execution_options(reading=True).connect() as connection:
+        if MigrationContext.configure(connection).get_current_revision() == head:
+            return
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

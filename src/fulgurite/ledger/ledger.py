@@ -1,0 +1,212 @@
+"""Who made what, when, at what price: written once, when a picture has come to its end.
+
+That one transaction is all the state there is of a picture. It adds the entry, charges the key and keeps the answer,
+and only then does a byte of the picture leave the server. So a crash at any moment leaves either nothing, and nothing
+was billed, or everything, and a retry with the same idempotency key is given the picture that was paid for.
+"""
+
+import queue
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, Connection, Row, delete, func, insert, or_, select, type_coerce, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from fulgurite.errors import CreditSpentError, FulguriteError, LedgerError
+from fulgurite.ledger.database import connect
+from fulgurite.ledger.keys import Keys
+from fulgurite.ledger.tables import answers, entries, keys
+from fulgurite.records import Answer, Entry, Usage, now
+from fulgurite.settings import Settings
+
+DAY = 86_400_000  # milliseconds
+MOST_AT_ONCE = 256  # pictures settled by one commit
+INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+
+class Settlement(Future[Answer | None]):
+    """One picture's end on its way into the ledger."""
+
+    def __init__(self, entry: Entry, answer: Answer | None) -> None:
+        super().__init__()
+        self.entry, self.answer = entry, answer
+        self.set_running_or_notify_cancel()  # from here on it cannot be taken back
+
+
+class Ledger:
+    """The ledger in one database. Safe to use from any thread; one thread writes, many pictures to a commit."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database, and makes or updates its tables. Raises LedgerError."""
+        self._engine = connect(url)
+        self._reading = self._engine.execution_options(reading=True)
+        self.keys = Keys(self._engine)
+        self._waiting: queue.SimpleQueue[Settlement | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        self._thread.start()
+
+    def settle(self, entry: Entry, answer: Answer | None = None) -> Future[Answer | None]:
+        """Writes a picture's end and charges its price; ``answer`` is kept for retries.
+
+        The future ends, once that is on the disk, in the answer to give: ``answer``, or an earlier one of the same
+        id or idempotency key, and then nothing was charged. It may end in CreditSpentError (the entry then says
+        "refused", at no price) or in LedgerError, and then nothing was written.
+        """
+        settlement = Settlement(entry, answer)
+        self._waiting.put(settlement)
+        return settlement
+
+    def answer(self, key_id: str, *, id: str | None = None, idempotency_key: str | None = None) -> Answer | None:
+        """The answer that a key was given, by its id or its idempotency key; None where none is kept (any more)."""
+        named = answers.c.id == id if id is not None else answers.c.idempotency_key == idempotency_key
+        wanted = select(answers).where(answers.c.key_id == key_id, named, answers.c.expires_at > now())
+        with self._reading.begin() as connection:
+            row = connection.execute(wanted).one_or_none()
+        return as_answer(row) if row else None
+
+    def usage(self, since: datetime, until: datetime, key_id: str | None = None) -> list[Usage]:
+        """What was made from ``since`` until before ``until``, by day (UTC), model and key, in this order."""
+        day = (type_coerce(entries.c.at, BigInteger) // DAY).label("day")
+        made = entries.c.outcome == "done"
+        groups = day, entries.c.model, entries.c.key_id
+        sums = (
+            func.count().filter(made).label("pictures"),
+            func.count().filter(~made).label("not_made"),
+            func.coalesce(func.sum(entries.c.steps_run).filter(made), 0).label("steps"),
+            func.sum(entries.c.price).label("price"),
+        )
+        wanted = select(*groups, *sums).where(entries.c.at >= since, entries.c.at < until)
+        if key_id is not None:
+            wanted = wanted.where(entries.c.key_id == key_id)
+        with self._reading.begin() as connection:
+            rows = connection.execute(wanted.group_by(*groups).order_by(*groups)).all()
+        epoch = datetime.fromtimestamp(0, now().tzinfo).date().toordinal()
+        return [
+            Usage(
+                datetime.fromordinal(epoch + row.day).date(),
+                row.model,
+                row.key_id,
+                row.pictures,
+                row.not_made,
+                int(row.steps),
+                int(row.price),
+            )
+            for row in rows
+        ]
+
+    def entries(self, key_id: str | None = None) -> list[Entry]:
+        """Every picture's end, oldest first."""
+        wanted = select(entries).order_by(entries.c.at, entries.c.request_id)
+        if key_id is not None:
+            wanted = wanted.where(entries.c.key_id == key_id)
+        with self._reading.begin() as connection:
+            return [Entry(**{**row._mapping, "seed": int(row.seed)}) for row in connection.execute(wanted)]
+
+    def close(self) -> None:
+        """Writes what waits, and lets go of the database."""
+        self._waiting.put(None)
+        self._thread.join()
+        self._engine.dispose()
+
+    def _write(self) -> None:
+        while batch := self._next():
+            # Keys in one order in every server that shares the database, so that none waits for one that waits for it.
+            batch.sort(key=lambda settlement: settlement.entry.key_id)
+            try:
+                results = self._commit(batch)
+            except Exception:
+                # One bad settlement must not take the others with it: each gets a transaction of its own.
+                for settlement in batch:
+                    self._commit_alone(settlement)
+                continue
+            for settlement, result in zip(batch, results, strict=True):
+                finish(settlement, result)
+
+    def _next(self) -> list[Settlement]:
+        """Waits for the next settlement, and takes those that have gathered since; none once closed."""
+        batch: list[Settlement] = []
+        while len(batch) < MOST_AT_ONCE and not (batch and self._waiting.empty()):
+            settlement = self._waiting.get()
+            if settlement is None:
+                if batch:
+                    self._waiting.put(None)
+                break
+            batch.append(settlement)
+        return batch
+
+    def _commit(self, batch: list[Settlement]) -> list[Answer | CreditSpentError | None]:
+        with self._engine.begin() as connection:
+            connection.execute(delete(answers).where(answers.c.expires_at <= now()))
+            return [settled(connection, settlement.entry, settlement.answer) for settlement in batch]
+
+    def _commit_alone(self, settlement: Settlement) -> None:
+        try:
+            [result] = self._commit([settlement])
+        except SQLAlchemyError as error:
+            why = str(getattr(error, "orig", error)).partition("\n")[0]
+            settlement.set_exception(LedgerError(f"The ledger cannot be written: {why}."))
+        except Exception as error:
+            settlement.set_exception(error)
+        else:
+            finish(settlement, result)
+
+
+def finish(settlement: Settlement, result: Answer | FulguriteError | None) -> None:
+    if isinstance(result, FulguriteError):
+        settlement.set_exception(result)
+    else:
+        settlement.set_result(result)
+
+
+def settled(connection: Connection, entry: Entry, answer: Answer | None) -> Answer | CreditSpentError | None:
+    """Within a transaction: the entry written, its price charged, and the answer that the client shall have."""
+    if answer:
+        # Another server that settles the same idempotency key now makes this statement wait for its commit.
+        new = INSERT[connection.dialect.name](answers).values(**vars(answer)).on_conflict_do_nothing()
+        if not connection.execute(new.returning(answers.c.id)).first():
+            write(connection, replace(entry, price=0, outcome="refused"))
+            return earlier(connection, answer)
+    if entry.price and not charge(connection, entry):
+        if answer:
+            connection.execute(delete(answers).where(answers.c.key_id == answer.key_id, answers.c.id == answer.id))
+        write(connection, replace(entry, price=0, outcome="refused"))
+        return CreditSpentError("This key's credit does not cover the picture's price. Nothing was charged.")
+    write(connection, entry)
+    return answer
+
+
+def charge(connection: Connection, entry: Entry) -> bool:
+    """Adds the price to what the key has spent, unless that would be more than its credit."""
+    covered = or_(keys.c.credit.is_(None), keys.c.spent + entry.price <= keys.c.credit)
+    spend = update(keys).where(keys.c.id == entry.key_id, covered).values(spent=keys.c.spent + entry.price)
+    return connection.execute(spend).rowcount == 1
+
+
+def write(connection: Connection, entry: Entry) -> None:
+    connection.execute(insert(entries).values(**vars(entry) | {"seed": str(entry.seed)}))
+
+
+def earlier(connection: Connection, answer: Answer) -> Answer:
+    same = answers.c.id == answer.id
+    if answer.idempotency_key is not None:
+        same = or_(same, answers.c.idempotency_key == answer.idempotency_key)
+    return as_answer(connection.execute(select(answers).where(answers.c.key_id == answer.key_id, same)).one())
+
+
+def as_answer(row: Row[Any]) -> Answer:
+    return Answer(**row._mapping)
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """The ledger that the settings name; without one, the file ledger.db under the home. Raises LedgerError."""
+    if settings.ledger:
+        return Ledger(settings.ledger.get_secret_value())
+    try:
+        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(f"Cannot keep the ledger in {settings.home}: {error.strerror}. Set FULGURITE_HOME.") from None
+    return Ledger(f"sqlite:///{settings.home / 'ledger.db'}")

@@ -1,0 +1,227 @@
+"""Pictures on their way: from the engine, through encoding, into the ledger, and only then to the client."""
+
+import asyncio
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+from fulgurite import Picture, Request
+from fulgurite.errors import FulguriteError
+from fulgurite.picture_file import file_bytes
+from fulgurite.records import Answer, Entry, Key, Outcome, dollars, now
+from fulgurite.server.limits import Meters
+from fulgurite.server.problems import Problem
+from fulgurite.server.protocol import Engine, Ledger
+
+REPLAYED = {"Idempotent-Replayed": "true"}  # Stripe's header
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture as it was asked for, and by whom."""
+
+    id: str
+    key: Key
+    model: str  # who draws it
+    request: Request
+    media_type: str
+    price: int  # micro-dollars, if it is made
+    body_hash: str
+    idempotency_key: str | None
+    headers: dict[str, str] = field(default_factory=dict)  # that the answer carries, besides how it was made
+
+    def name(self) -> tuple[str, str]:
+        return self.key.id, self.idempotency_key or self.id
+
+
+@dataclass(eq=False)
+class Job:
+    """One picture being made, for one client or for several that sent the same idempotency key."""
+
+    order: Order
+    waiting: int = 0  # clients
+    unwanted: bool = False  # all of them went away
+    drawing: Future[Picture] | None = None
+    answer: "asyncio.Task[Answer] | None" = None
+
+
+class Jobs:
+    """All pictures on their way in this process."""
+
+    def __init__(self, engine: Engine, ledger: Ledger, keep_seconds: int) -> None:
+        self._engine, self._ledger = engine, ledger
+        self._keep = timedelta(seconds=keep_seconds)
+        self._running: dict[tuple[str, str], Job] = {}  # that a request may join
+        self._tasks: set[asyncio.Task[Answer]] = set()
+        self.meters = Meters()
+
+    def start(self, order: Order) -> Job:
+        """Starts a picture, or joins the one that is being made under its idempotency key. Raises Problem (409)."""
+        job = self._running.get(order.name())
+        if job is None:
+            job = self._running[order.name()] = Job(order)
+            job.answer = asyncio.create_task(self._make(job))
+            self._tasks.add(job.answer)
+            job.answer.add_done_callback(self._ended)
+        elif job.order.body_hash != order.body_hash:
+            raise key_reused()
+        return job
+
+    async def wait(self, job: Job) -> Answer:
+        """The job's answer. Who is cancelled here has gone away; when all have, so does the work."""
+        assert job.answer
+        job.waiting += 1
+        try:
+            return await asyncio.shield(job.answer)
+        finally:
+            job.waiting -= 1
+            if not job.waiting and not job.answer.done():
+                self.abandon(job)
+
+    def abandon(self, job: Job) -> None:
+        job.unwanted = True
+        self._running.pop(job.order.name(), None)  # a retry shall not join what is being stopped
+        if job.drawing:
+            self._engine.cancel(job.drawing)
+
+    async def finish(self) -> None:
+        """Waits until everything that runs has come to its end in the ledger."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _ended(self, task: "asyncio.Task[Answer]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, though every client may have gone away
+
+    async def _make(self, job: Job) -> Answer:
+        try:
+            return await self._replayed(job.order) or await self._drawn(job)
+        finally:
+            if self._running.get(job.order.name()) is job:
+                del self._running[job.order.name()]
+
+    async def _replayed(self, order: Order) -> Answer | None:
+        """The answer of an earlier request with the same idempotency key."""
+        if order.idempotency_key is None:
+            return None
+        find = self._ledger.answer
+        earlier = await asyncio.to_thread(find, order.key.id, idempotency_key=order.idempotency_key)
+        return replayed(earlier, order) if earlier else None
+
+    async def _drawn(self, job: Job) -> Answer:
+        order, started = job.order, time.monotonic()
+        with self.meters.picture(order.key, order.price):
+            try:
+                picture = await self._picture(job)
+                content = await asyncio.to_thread(file_bytes, picture, order.media_type)
+            except Exception as error:
+                await self._record(order, outcome(job, error), time.monotonic() - started)
+                raise
+            if job.unwanted and order.idempotency_key is None:
+                await self._record(order, "cancelled", time.monotonic() - started)
+                raise client_gone()
+            return await self._settled(order, picture, content, time.monotonic() - started)
+
+    async def _picture(self, job: Job) -> Picture:
+        job.drawing = self._engine.submit(job.order.model, job.order.request)
+        if job.unwanted:
+            self._engine.cancel(job.drawing)
+        try:
+            return await asyncio.wrap_future(job.drawing)
+        except asyncio.CancelledError:
+            if not job.drawing.cancelled():
+                raise
+        if job.unwanted:
+            raise client_gone()
+        raise Problem(503, "shutting_down", "The server is shutting down.", headers={"Retry-After": "10"})
+
+    async def _settled(self, order: Order, picture: Picture, content: bytes, seconds: float) -> Answer:
+        """What the client is given, once it is paid for."""
+        entry = Entry(
+            order.id,
+            order.key.id,
+            now(),
+            picture.model,
+            order.request.num_steps,
+            picture.steps,
+            order.request.width,
+            order.request.height,
+            picture.request.seed or 0,
+            max(0.0, seconds - picture.seconds),
+            picture.seconds,
+            order.price,
+            "done",
+        )
+        answer = Answer(
+            order.id,
+            order.key.id,
+            order.idempotency_key,
+            order.body_hash,
+            order.media_type,
+            {"X-Fulgurite-Id": order.id, **picture_headers(picture, order.price), **order.headers},
+            content,
+            now() + self._keep,
+        )
+        if order.idempotency_key is None:
+            await asyncio.wrap_future(self._ledger.settle(entry))
+            return answer
+        given = await asyncio.wrap_future(self._ledger.settle(entry, answer))
+        return answer if given is answer or given is None else replayed(given, order)
+
+    async def _record(self, order: Order, how: Outcome, seconds: float) -> None:
+        """An entry for a picture that was not made."""
+        request = order.request
+        size = request.width, request.height
+        entry = Entry(
+            order.id,
+            order.key.id,
+            now(),
+            order.model,
+            request.num_steps,
+            0,
+            *size,
+            request.seed or 0,
+            seconds,
+            0.0,
+            0,
+            how,
+        )
+        await asyncio.wrap_future(self._ledger.settle(entry))
+
+
+def outcome(job: Job, error: Exception) -> Outcome:
+    if job.unwanted:
+        return "cancelled"
+    return "refused" if isinstance(error, (Problem, FulguriteError)) else "failed"
+
+
+def replayed(earlier: Answer, order: Order) -> Answer:
+    if earlier.body_hash != order.body_hash:
+        raise key_reused()
+    return replace(earlier, headers={**earlier.headers, **REPLAYED})
+
+
+def key_reused() -> Problem:
+    message = "This idempotency key was sent before, with another request. Use a new key for each picture."
+    return Problem(409, "idempotency_key_reused", message, "Idempotency-Key")
+
+
+def client_gone() -> Problem:
+    return Problem(499, "client_gone", "The client went away.")
+
+
+def picture_headers(picture: Picture, price: int) -> dict[str, str]:
+    """How the picture was made, for those who look at headers."""
+    headers = {
+        "X-Fulgurite-Model": picture.model,
+        "X-Fulgurite-Steps": str(picture.steps),
+        "X-Fulgurite-Seed": str(picture.request.seed),
+        "X-Fulgurite-Seconds": f"{picture.seconds:.3f}",
+        "X-Fulgurite-Price": dollars(price),
+    }
+    if picture.notes:
+        one_line = " ".join("; ".join(picture.notes).split())
+        headers["X-Fulgurite-Notes"] = one_line.encode("ascii", "replace").decode()
+    return headers

@@ -1,0 +1,71 @@
+"""``POST /api/v1``: the hosted API's one request, picture bytes back."""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Security
+from fastapi import Request as HTTPRequest
+from fastapi.responses import Response
+from fastapi.security import HTTPBearer
+
+from fulgurite.picture_file import FORMATS
+from fulgurite.records import Answer
+from fulgurite.server.body import body_schema
+from fulgurite.server.jobs import Job, Jobs, client_gone
+from fulgurite.server.problems import error_responses
+from fulgurite.server.service import Service
+
+BEARER = Security(HTTPBearer(scheme_name="bearer", auto_error=False))  # for OpenAPI: the service checks the key
+IDEMPOTENCY_HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "description": "A retry with the same key and the same request gets the first answer, and is not billed again.",
+}
+
+
+def request_body() -> dict[str, Any]:
+    """The body and its headers for OpenAPI: the handlers read it themselves, within a bound."""
+    return {
+        "parameters": [IDEMPOTENCY_HEADER],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}},
+    }
+
+
+def add_pictures(app: FastAPI, service: Service) -> None:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+
+    @app.post(
+        "/api/v1",
+        response_class=Response,
+        responses={
+            200: {"description": "The picture.", "content": {kind: binary for kind in FORMATS.values()}},
+            **error_responses(400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 500, 503),
+        },
+        openapi_extra=request_body(),
+        dependencies=[BEARER],
+    )
+    async def draw(http: HTTPRequest) -> Response:
+        """Draws one picture."""
+        job = service.jobs.start(await service.order(http))
+        answer = await awaited(http, service.jobs, job)
+        return Response(answer.content, media_type=answer.media_type, headers=dict(answer.headers))
+
+
+async def awaited(http: HTTPRequest, jobs: Jobs, job: Job) -> Answer:
+    """The job's answer. A client that goes away waits no longer, and a job that nobody waits for is cancelled."""
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, gone = asyncio.ensure_future(jobs.wait(job)), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise client_gone()
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()
+        await asyncio.wait({answer})

@@ -1,0 +1,106 @@
+"""What every part of the server needs: who asks, which models there are, and the pictures on their way."""
+
+import asyncio
+import hashlib
+import json
+import re
+
+from fastapi import Request as HTTPRequest
+
+from fulgurite import Request
+from fulgurite.cards import card, cards
+from fulgurite.errors import UnknownModelError
+from fulgurite.records import Key
+from fulgurite.server.body import PictureBody, read_body
+from fulgurite.server.jobs import Jobs, Order
+from fulgurite.server.problems import Problem
+from fulgurite.server.protocol import Engine, Ledger
+from fulgurite.settings import Settings
+
+DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark"}  # who answers for whom
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+def demo_notice(model: str) -> str:
+    return f"Demo: {DEMO[model]}, a much smaller model, answers for {model}."
+
+
+class Service:
+    """The server without its addresses."""
+
+    def __init__(self, engine: Engine, ledger: Ledger, settings: Settings) -> None:
+        self.engine, self.ledger, self.settings = engine, ledger, settings
+        self.served = list(settings.models or cards())
+        for name in self.served:
+            card(name)  # a model that is not there is an error now, not at the first request
+        self.demo = DEMO if settings.demo else {}
+        self.jobs = Jobs(engine, ledger, settings.keep_seconds)
+
+    def check_served(self, model: str) -> None:
+        """Raises UnknownModelError."""
+        if model not in self.served:
+            raise UnknownModelError(model, self.served)
+
+    async def caller(self, http: HTTPRequest) -> Key:
+        """The key that a request carries. Raises Problem (401)."""
+        scheme, _, secret = http.headers.get("authorization", "").partition(" ")
+        # Starlette reads headers as Latin-1: back to the bytes that were sent.
+        secret = secret.strip().encode("latin-1").decode("utf-8", "surrogateescape")
+        if scheme.lower() != "bearer" or not secret:
+            raise unauthorized("Send your key as the header Authorization: Bearer KEY.")
+        keys = self.ledger.keys
+        key = keys.remembered(secret) or await asyncio.to_thread(keys.find, secret)
+        if key is None:
+            raise unauthorized("There is no such key. Send yours as the header Authorization: Bearer KEY.")
+        if key.state() != "active":
+            raise unauthorized(f"This key is {key.state()}. Ask the operator for another.")
+        return key
+
+    async def admin(self, http: HTTPRequest) -> Key:
+        """The key that a request carries, if it may manage others. Raises Problem (401 or 403)."""
+        key = await self.caller(http)
+        if not key.admin:
+            raise Problem(403, "not_an_admin", "This key may not do that: it needs one made with --admin.")
+        return key
+
+    async def order(self, http: HTTPRequest) -> Order:
+        """What a request asks for, its right to ask checked. Raises Problem or UnknownModelError."""
+        key = await self.caller(http)
+        http.state.headers = self.jobs.meters.count_request(key)
+        body = await read_body(http, self.settings.max_body_bytes)
+        self.check_served(body.model)
+        if key.limits.models is not None and body.model not in key.limits.models:
+            may = ", ".join(key.limits.models) or "none"
+            raise Problem(403, "model_not_allowed", f"This key may not use {body.model!r}. It may use: {may}.", "model")
+        drawn_by = self.demo.get(body.model, body.model)
+        media_type = body.media_type(http.headers.get("accept", ""))
+        return Order(
+            id=http.state.request_id,
+            key=key,
+            model=drawn_by,
+            request=Request(**body.data.model_dump()),
+            media_type=media_type,
+            price=card(drawn_by).cost_microdollars,
+            body_hash=body_hash(body, media_type),
+            idempotency_key=idempotency_key(http),
+            headers={"X-Fulgurite-Demo": demo_notice(body.model)} if body.model in self.demo else {},
+        )
+
+
+def unauthorized(message: str) -> Problem:
+    return Problem(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def idempotency_key(http: HTTPRequest) -> str | None:
+    """Raises Problem (422)."""
+    given = http.headers.get("idempotency-key")
+    if given is not None and not IDEMPOTENCY_KEY.fullmatch(given):
+        message = "Idempotency-Key: 1 to 255 visible ASCII characters without spaces, such as a UUID."
+        raise Problem(422, "invalid_parameter", message, "Idempotency-Key")
+    return given
+
+
+def body_hash(body: PictureBody, media_type: str) -> str:
+    """Of what was asked, whatever the order and the spaces of its JSON; a seed left out is not the one drawn for it."""
+    asked = body.model_dump(exclude_unset=True) | {"output_format": media_type}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
