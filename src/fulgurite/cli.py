@@ -231,3 +231,26 @@ def models() -> None:
         origin = {"embedded": "inside the package", "hub": "on the hub: pull them"}.get(card.weights.source, "here")
         table.add_row(card.id, steps, origin)
     Console().print(table)
+
+
+@app.command()
+def train(
+    work: Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")],
+    out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = Path("spark"),
+    preset: Annotated[str, typer.Option(help="How much of everything: cpu or gpu.")] = "cpu",
+) -> None:
+    """Trains the small model from nothing, by the recipe that made the one inside the package."""
+    from importlib.util import find_spec
+    from shutil import which
+
+    if find_spec("resvg_py") is None:
+        raise FulguriteError("Training needs more packages: pip install 'fulgurite[train]'.")
+    if which("npm") is None:
+        raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
+
+    from fulgurite.training.recipe import PRESETS
+    from fulgurite.training.recipe import train as run
+
+    if preset not in PRESETS:
+        raise FulguriteError(f"--preset: there is no {preset!r}; there are {' and '.join(PRESETS)}.")
+    run(work, out, PRESETS[preset])
