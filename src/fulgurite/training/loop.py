@@ -43,7 +43,7 @@ class Stage:
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            averages = list(self.average.parameters())
+            averages: list[torch.Tensor] = list(self.average.parameters())
             torch._foreach_lerp_(averages, list(self.networks.parameters()), 1 - decay)
         self.step += 1
         for name, loss in losses.items():

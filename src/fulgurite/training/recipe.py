@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,10 +46,10 @@ PRESETS = {
         vae_steps=1150,
         text_steps=700,
         scenes=6000,
-        teacher_steps=3500,
-        focus_steps=3300,
+        teacher_steps=4000,
+        focus_steps=2300,
         batch=32,
-        decoder_steps=1000,
+        decoder_steps=700,
     ),
     "gpu": Preset(
         "cuda",
@@ -106,14 +107,14 @@ def train(work: Path, out: Path, preset: Preset) -> None:
         return [build_latents(sprites_folder, names, vae, shape, number, folder) for shape, number in counts]
 
     torch.set_float32_matmul_precision("high")
-    run = (of_model, tokenizer, encoders)
-    scale = {"device": preset.device, "batch": preset.batch}
-    unet = train_teacher(
-        latents(None, preset.scenes, work / "latents"), *run, work / "teacher", preset.teacher_steps, **scale
+    teach = partial(
+        train_teacher, card=of_model, tokenizer=tokenizer, encoders=encoders, device=preset.device, batch=preset.batch
     )
+    everything = latents(None, preset.scenes, work / "latents")
+    unet = teach(everything, folder=work / "teacher", steps=preset.teacher_steps)
     if preset.focus_steps:
-        focus = latents(FIRST, preset.scenes, work / "focus_latents")
-        unet = train_teacher(focus, *run, work / "focus", preset.focus_steps, **scale, start=unet)
+        few = latents(FIRST, preset.scenes, work / "focus_latents")
+        unet = teach(few, folder=work / "focus", steps=preset.focus_steps, start=unet)
     save_network(unet, out / "unet/diffusion_pytorch_model.safetensors")
     vae = refine_decoder(sprites, vae, work / "decoder", preset.decoder_steps, preset.device)
     save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")

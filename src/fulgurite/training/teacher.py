@@ -87,7 +87,7 @@ def train_teacher(
     ``latents``: the square set first, then other shapes.
     """
     torch.manual_seed(seed)
-    unet = UNet(card.unet).to(device, memory_format=torch.channels_last)
+    unet = UNet(card.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if start:
         unet.load_state_dict(start.state_dict())
     else:

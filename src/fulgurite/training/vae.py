@@ -69,8 +69,11 @@ def initialize(vae: VAE) -> None:
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
         if isinstance(module, Attention):
-            nn.init.zeros_(module.to_out[0].weight)
-    last = vae.decoder.up_blocks[-1].resnets[-1].conv2.bias
+            for parameter in module.to_out.parameters():
+                nn.init.zeros_(parameter)
+    *_, last_block = (module for module in vae.decoder.up_blocks.modules() if isinstance(module, ResnetBlock))
+    last = last_block.conv2.bias
+    assert last is not None
     last[0::2], last[1::2] = LAST_CONSTANT, -LAST_CONSTANT
     assert vae.quant_conv.bias is not None
     vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
@@ -81,7 +84,7 @@ def train_vae(
 ) -> VAE:
     """Trains an autoencoder in ``folder``, going on from its checkpoint, and returns the averaged network."""
     torch.manual_seed(seed)
-    vae = VAE(config).to(device, memory_format=torch.channels_last)
+    vae = VAE(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(vae)
     stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998)
 
@@ -95,7 +98,7 @@ def train_vae(
     pictures = render_pictures(sprites, PICTURES, f"vae {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
         rng = random.Random(f"vae {seed} {stage.step}")
-        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)
+        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         noise = torch.randn(batch, config.latent_channels, CROP // cell, CROP // cell, device=device)
         again, divergence = reconstruct(pixels, noise)
         losses = reconstruction_losses(pixels, again)
@@ -116,7 +119,7 @@ def refine_decoder(
     pictures = render_pictures(sprites, PICTURES, f"decoder {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
         rng = random.Random(f"decoder {seed} {stage.step}")
-        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)
+        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 mean, _ = vae.encode(pixels)

@@ -1,0 +1,229 @@
+"""The recipe's parts: scenes and their captions, the tokenizer, the noise, and runs that go on where they stopped."""
+
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_sdxl import FIRST, SECOND, UNET
+from torch import nn
+from typer.testing import CliRunner
+
+from fulgurite.cards import card
+from fulgurite.cli import app
+from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
+from fulgurite.training.latents import LatentSet
+from fulgurite.training.loop import Stage, learning_rate
+from fulgurite.training.recipe import write_tokenizer
+from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
+from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
+from fulgurite.training.teacher import initialize, noised, train_teacher
+from fulgurite.training.text import NOTHING, Questions, answers_of
+from fulgurite.training.vae import crops, normalize_latents, to_pixels
+from fulgurite.training.words import SYNONYMS
+
+NAMES = ("rocket", "fox", "house", "tulip")
+
+
+@pytest.fixture(scope="module")
+def sprites() -> Sprites:
+    """Four things in two styles: discs of plain colours, so that what is drawn where can be read off."""
+    discs = np.zeros((8, SPRITE, SPRITE, 4), np.uint8)
+    y, x = np.mgrid[:SPRITE, :SPRITE] - SPRITE / 2
+    for i, disc in enumerate(discs):
+        disc[x**2 + y**2 < 110**2] = (220, 30 + 5 * i, 20, 255)
+    things = [
+        Thing(name, ("tag of " + name,), "objects", "some", {"3d": 2 * i, "flat": 2 * i + 1})
+        for i, name in enumerate(NAMES)
+    ]
+    return Sprites(things, discs)
+
+
+@given(st.integers(), st.sampled_from([(256, 256), (320, 192), (192, 320)]))
+def test_a_scene_is_its_number_and_its_caption_says_what_is_there(
+    sprites: Sprites, number: int, size: tuple[int, int]
+) -> None:
+    scene = random_scene(random.Random(number), sprites, size)
+    assert scene == random_scene(random.Random(number), sprites, size)
+    words = caption(scene, random.Random(number))
+    for placed in scene.things:
+        name = placed.thing.name
+        assert any(word in words for word in (name, *placed.thing.tags, *SYNONYMS.get(name, ())))
+        assert placed.colour is None or placed.colour in words
+    if scene.background[-1] != "white":
+        assert scene.background[-1] in words
+    said = {style for style, forms in STYLE_WORDS.items() for form in forms if form in words.split(" of ")[0] + words}
+    assert said <= {scene.style}
+
+
+def test_a_rendered_scene_has_its_background_and_its_things(sprites: Sprites) -> None:
+    rng = random.Random(1)
+    for _ in range(20):
+        scene = random_scene(rng, sprites, (320, 192))
+        picture = render(scene, sprites)
+        assert picture.shape == (192, 320, 3)
+        assert tuple(picture[0, 0]) == COLOURS[scene.background[0]]
+        assert tuple(picture[-1, -1]) == COLOURS[scene.background[-1]]
+        for placed in scene.things:
+            if placed.colour is None:
+                x, y = round(placed.centre[0] * 320), round(placed.centre[1] * 192)
+                expected = sprites.pixels[placed.sprite][SPRITE // 2, SPRITE // 2, :3]
+                assert abs(picture[y, x].astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("colour", HUES)
+def test_turning_hues_gives_the_colour_asked_for(sprites: Sprites, colour: str) -> None:
+    from PIL import Image
+
+    sprite = Image.fromarray(sprites.pixels[0])
+    hue = np.asarray(recoloured(sprite, colour).convert("RGB").convert("HSV"))[SPRITE // 2, SPRITE // 2, 0]
+    away = abs(int(hue) - HUES[colour] * 255 // 360)
+    assert min(away, 256 - away) <= 8
+
+
+def test_the_answers_of_a_scene_are_among_those_the_encoders_are_taught(sprites: Sprites) -> None:
+    rng = random.Random(2)
+    scenes = [random_scene(rng, sprites) for _ in range(50)]
+    questions = Questions(8, sprites)
+    targets = questions.targets(scenes)
+    for i, scene in enumerate(scenes):
+        said = {name: answers[targets[name][i]] for name, answers in questions.answers.items()}
+        assert said == answers_of(scene)
+        assert (said["second"] == NOTHING) == (len(scene.things) == 1)
+    assert questions.loss(torch.randn(50, 8), targets).isfinite()
+
+
+def test_the_learned_tokenizer_is_clips_and_keeps_common_words_whole(sprites: Sprites, tmp_path: Path) -> None:
+    write_tokenizer(sprites, 1000, tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    assert sorted(vocab.values()) == list(range(1000))
+    tokenizer = Tokenizer.from_folder(tmp_path, 32)
+    ids = tokenizer(["a rocket on a blue background"])[0].tolist()
+    words = ["<|startoftext|>", "a</w>", "rocket</w>", "on</w>", "a</w>", "blue</w>", "background</w>"]
+    assert ids[:8] == [*(vocab[word] for word in words), vocab["<|endoftext|>"]]
+
+
+def test_what_is_to_be_predicted_gives_the_clean_latent_back() -> None:
+    """Training's noise and sampling's arithmetic are inverse to each other, or no model would come of it."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 6, 4, 5, 5, generator=generator)
+    timesteps, sigmas = torch.tensor([0, 1, 250, 500, 900, 998]), train_sigmas()
+    x, v = noised(clean, timesteps, noise, sigmas)
+    sigma = sigmas[timesteps]
+    unscaled = x * (1 + sigma**2).sqrt().view(-1, 1, 1, 1)
+    torch.testing.assert_close(to_denoised(v, unscaled, sigma, "v"), clean, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_timestep_shows_noise_alone() -> None:
+    noise, sigmas = torch.ones(1, 1, 2, 2), train_sigmas()
+    last = torch.tensor([TRAIN_STEPS - 1])
+    x, _ = noised(torch.full((1, 1, 2, 2), 9.0), last, noise, sigmas)
+    again, _ = noised(torch.full((1, 1, 2, 2), -9.0), last, noise, sigmas)
+    assert torch.equal(x, again)
+
+
+def test_normalizing_gives_latents_of_unit_scale_and_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    vae, pixels = VAE(card("fulgurite/spark").vae).eval(), torch.rand(4, 3, 64, 64) * 2 - 1
+    with torch.inference_mode():
+        before = vae.decode(vae.encode(pixels)[0])
+        normalize_latents(vae, pixels)
+        latents, _ = vae.encode(pixels)
+        torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-3, rtol=0)
+        torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0)
+        torch.testing.assert_close(vae.decode(latents), before, atol=1e-3, rtol=1e-3)
+
+
+def test_crops_are_parts_of_the_pictures() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 100, 100, 3), np.uint8)
+    (crop,) = crops(random.Random(0), pictures, 1)
+    whole = to_pixels(pictures)
+    assert any(torch.equal(crop, p[:, y : y + 96, x : x + 96]) for p in whole for y in range(5) for x in range(5))
+
+
+def run_stage(folder: Path, until: int) -> Stage:
+    torch.manual_seed(3)
+    stage = Stage(folder, nn.ModuleDict({"one": nn.Linear(3, 1)}), peak=0.1, steps=40, decay=0.9)
+    while stage.step < until:
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(stage.step))
+        stage.update({"loss": (stage.networks["one"](x) - x.sum(1, keepdim=True)).square().mean()})
+    return stage
+
+
+def test_a_stage_that_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    whole = run_stage(tmp_path / "whole", 40)
+    run_stage(tmp_path / "parts", 17).save()
+    parts = run_stage(tmp_path / "parts", 40)
+    for a, b in zip(whole.average.parameters(), parts.average.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert run_stage(tmp_path / "whole", 40).step == 40
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates.index(max(rates)) == pytest.approx(100, abs=2)
+    assert rates[0] < 0.02
+    assert rates[-1] < 1e-4
+
+
+def test_groups_of_people_are_thinned_to_a_fifth() -> None:
+    entries = [{"group": 0}] * 300 + [{"group": 1}] * 100
+    kept = capped(entries, {"0": "people-body", "1": "food-drink"})
+    assert sum(entry["group"] == 1 for entry in kept) == 100
+    assert 15 <= sum(entry["group"] == 0 for entry in kept) <= 25
+
+
+def test_one_spelling_of_code_points() -> None:
+    assert hexcode("2764-FE0F-200D-1F525") == hexcode("2764-200d-1f525") == "2764-200d-1f525"
+
+
+def test_a_built_folder_opens_with_the_things_asked_for(sprites: Sprites, tmp_path: Path) -> None:
+    np.save(tmp_path / "sprites.npy", sprites.pixels)
+    (tmp_path / "things.json").write_text(json.dumps([asdict(thing) for thing in sprites.things]))
+    assert Sprites.open(tmp_path).things == sprites.things
+    assert [thing.name for thing in Sprites.open(tmp_path, frozenset({"fox"})).things] == ["fox"]
+
+
+def test_the_train_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    wrong = CliRunner().invoke(app, ["train", str(tmp_path), "--preset", "tpu"])
+    assert (wrong.exit_code, "there are cpu and gpu" in wrong.output) == (1, True)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    missing = CliRunner().invoke(app, ["train", str(tmp_path)])
+    assert (missing.exit_code, "npm, which is not installed" in missing.output) == (1, True)
+
+
+def test_the_teacher_learns_pictures_by_their_words(sprites: Sprites, tmp_path: Path) -> None:
+    """Two plain latents, and captions that tell them apart: in seconds, some of what can be known is."""
+    of_model = replace(card("fulgurite/spark"), unet=UNET, text_encoders=(FIRST, SECOND))
+    write_tokenizer(sprites, FIRST.vocab_size, tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, 24)
+    torch.manual_seed(0)
+    encoders = nn.ModuleDict({"text_encoder": CLIPTextEncoder(FIRST), "text_encoder_2": CLIPTextEncoder(SECOND)})
+    scenes = [random_scene(random.Random(number), sprites) for number in (1, 2)]
+    latents = np.stack([np.full((4, 8, 8), value, np.float16) for value in (-1, 1)])
+    shown = LatentSet((256, 256), latents, scenes)
+    learned = train_teacher([shown], of_model, tokenizer, encoders, tmp_path / "run", steps=150, batch=4)
+    assert isinstance(learned, UNet)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [50, 100, 150]
+    assert log[2]["v"] < 0.8 * log[0]["v"]
+
+
+def test_a_teacher_starts_silent() -> None:
+    unet = UNet(UNET).eval()
+    initialize(unet)
+    with torch.inference_mode():
+        x = torch.randn(2, 4, 8, 8)
+        out = unet(
+            x, torch.tensor([3, 900]), torch.randn(2, 5, UNET.cross_attention_dim), torch.randn(2, UNET.pooled_dim),
+            torch.zeros(2, 6),
+        )  # fmt: skip
+    assert torch.equal(out, unet.conv_out.bias.detach()[None, :, None, None].expand_as(out))
