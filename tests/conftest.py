@@ -1,11 +1,14 @@
-"""What several tests share: an own home for each, a fake engine, and a tiny pipeline with random weights."""
+"""What several tests share: an own home for each, a fake engine, databases, and a tiny pipeline with random weights."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+import postgres
+import psycopg
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -84,6 +87,26 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     ledger.keys.set_from_environment(KEY)
     yield ledger
     ledger.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    if reason := postgres.missing():
+        pytest.skip(reason)
+    with postgres.postgresql() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'books.db'}"
+    server = request.getfixturevalue("postgresql_server")
+    name = "t" + uuid.uuid4().hex
+    with psycopg.connect(server.format("postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.format(name)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import typer
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
+    from rich.table import Column
+
     from fulgurite.ledger import Ledger
     from fulgurite.records import Key
 
@@ -72,7 +74,7 @@ def list_keys() -> None:
 
     with opened() as ledger:
         known = ledger.keys.all()
-    table = Table("id", "name", "begins", "state", "may", "spent", box=None)
+    table = Table(whole("id"), "name", whole("begins"), whole("state"), "may", "spent", box=None)
     for key in known:
         spent = "$" + dollars(key.spent)
         if key.limits.credit is not None:
@@ -122,7 +124,7 @@ def usage(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("day", "model", "key", "pictures", "not made", "steps", "price", box=None)
+    table = Table(whole("day"), "model", whole("key"), "pictures", "not made", "steps", "price", box=None)
     for row in rows:
         counts = str(row.pictures), str(row.not_made), str(row.steps)
         table.add_row(str(row.day), row.model, row.key_id, *counts, "$" + dollars(row.price))
@@ -131,6 +133,13 @@ def usage(
     if rows:
         table.add_row("in all", "", "", *map(str, total[:3]), "$" + dollars(total[3]))
     Console().print(table)
+
+
+def whole(title: str) -> "Column":
+    """A column whose words are never cut, however narrow the terminal: people copy them."""
+    from rich.table import Column
+
+    return Column(title, no_wrap=True, min_width=len(title), overflow="ignore")
 
 
 def show_secret(key: "Key", secret: str) -> None:

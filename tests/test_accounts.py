@@ -1,0 +1,440 @@
+"""Keys, limits, idempotency keys and usage through the server, and on the command line."""
+
+import asyncio
+import csv
+import io
+import logging
+import sqlite3
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from conftest import HEADERS, LIGHTNING, SPARK, FakeEngine, body, drawn
+from fastapi.testclient import TestClient
+from PIL import Image
+from typer.testing import CliRunner
+
+from fulgurite import Picture, Request
+from fulgurite.cli import app as command_line
+from fulgurite.cli_ledger import micro_dollars
+from fulgurite.errors import FulguriteError, RequestError
+from fulgurite.ledger import Ledger, open_ledger
+from fulgurite.records import Entry, Limits, dollars, now
+from fulgurite.server import create_app
+from fulgurite.server.limits import Meters
+from fulgurite.server.problems import Problem
+from fulgurite.settings import read_settings
+
+PRICE = 1100  # SDXL-Lightning's
+MADE: dict[str, Any] = body() | {"model": LIGHTNING}
+
+
+def with_key(ledger: Ledger, **limits: Any) -> tuple[str, dict[str, str]]:
+    """A new key's id, and the header that carries it."""
+    key, secret = ledger.keys.create("a customer", Limits(**limits))
+    return key.id, {"Authorization": f"Bearer {secret}"}
+
+
+def spent(ledger: Ledger, key_id: str) -> int:
+    [key] = [key for key in ledger.keys.all() if key.id == key_id]
+    assert key.spent == sum(entry.price for entry in ledger.entries(key_id))
+    return key.spent
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+def test_a_picture_is_billed_as_its_card_says(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    key_id, headers = with_key(ledger)
+    response = client.post("/api/v1", json=MADE | {"data": {"prompt": "fox", "seed": 2**64 - 1}}, headers=headers)
+    assert response.headers["x-fulgurite-price"] == "0.0011"
+    assert spent(ledger, key_id) == PRICE
+    [entry] = ledger.entries(key_id)
+    wanted = Entry(
+        response.headers["x-request-id"], key_id, entry.at, LIGHTNING, 20, 20, 1024, 1024, 2**64 - 1,
+        entry.seconds_queued, 0.1, PRICE, "done",
+    )  # fmt: skip
+    assert entry == wanted
+    assert abs(now() - entry.at) < timedelta(minutes=5)
+    assert client.post("/api/v1", json=body(), headers=headers).headers["x-fulgurite-price"] == "0"
+    assert spent(ledger, key_id) == PRICE
+
+
+def test_what_made_no_picture_costs_nothing(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    key_id, headers = with_key(ledger)
+    for error, outcome in ((ZeroDivisionError("bug"), "failed"), (RequestError("not so", "seed"), "refused")):
+
+        def answer(model: str, request: Request, error: Exception = error) -> Picture:
+            raise error
+
+        engine.answer = answer
+        response = client.post("/api/v1", json=MADE, headers=headers)
+        assert response.status_code in (422, 500)
+        assert ledger.entries(key_id)[-1].outcome == outcome
+    client.post("/api/v1", json={"model": LIGHTNING, "data": {}}, headers=headers)  # never became work
+    assert [entry.outcome for entry in ledger.entries(key_id)] == ["failed", "refused"]
+    assert spent(ledger, key_id) == 0
+
+
+def test_a_picture_that_cannot_be_encoded_is_a_failure(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    engine.answer = lambda model, request: Picture(Image.new("RGB", (0, 0)), request, model, 1, (0, 0), 0.1, ())
+    assert client.post("/api/v1", json=MADE).status_code == 500
+    assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("failed", 0)]
+
+
+def test_credit(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    key_id, headers = with_key(ledger, credit=3 * PRICE - 1)
+    assert [client.post("/api/v1", json=MADE, headers=headers).status_code for _ in range(4)] == [200, 200, 402, 402]
+    assert code(client.post("/api/v1", json=MADE, headers=headers)) == (402, "credit_spent")
+    assert len(engine.jobs) == 2  # no work is begun that the credit does not cover
+    assert client.post("/api/v1", json=body(), headers=headers).status_code == 200  # free
+    assert spent(ledger, key_id) == 2 * PRICE
+
+
+def test_credit_is_reserved_while_pictures_are_made(engine: FakeEngine, ledger: Ledger) -> None:
+    """Ten at once, credit for three: three are begun, whatever the order in which they end."""
+    key_id, headers = with_key(ledger, credit=3 * PRICE)
+    engine.held = True
+    app = create_app(engine, ledger, read_settings())
+
+    async def talk() -> list[int]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", headers=headers
+        ) as client:
+            waiting = [asyncio.create_task(client.post("/api/v1", json=MADE)) for _ in range(10)]
+            while sum(task.done() for task in waiting) < 7:
+                await asyncio.sleep(0.001)
+            for job, future in zip(engine.jobs, engine.futures, strict=True):
+                future.set_result(drawn(*job))
+            return sorted(response.status_code for response in await asyncio.gather(*waiting))
+
+    assert asyncio.run(talk()) == [200] * 3 + [402] * 7
+    assert spent(ledger, key_id) == 3 * PRICE
+
+
+def test_pictures_in_flight(engine: FakeEngine, ledger: Ledger) -> None:
+    _, headers = with_key(ledger, pictures_in_flight=2)
+    engine.held = True
+    app = create_app(engine, ledger, read_settings())
+
+    async def talk() -> tuple[httpx.Response, list[httpx.Response], httpx.Response]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", headers=headers
+        ) as client:
+            waiting = [asyncio.create_task(client.post("/api/v1", json=MADE)) for _ in range(2)]
+            while len(engine.futures) < 2:
+                await asyncio.sleep(0.001)
+            refused = await client.post("/api/v1", json=MADE)
+            for job, future in zip(engine.jobs, engine.futures, strict=True):
+                future.set_result(drawn(*job))
+            engine.held = False
+            return refused, await asyncio.gather(*waiting), await client.post("/api/v1", json=MADE)
+
+    refused, made, afterwards = asyncio.run(talk())
+    assert code(refused) == (429, "too_many_pictures")
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["x-ratelimit-remaining-pictures"] == "0"
+    assert [response.status_code for response in [*made, afterwards]] == [200] * 3
+    assert afterwards.headers["x-ratelimit-limit-pictures"] == "2"
+
+
+def test_requests_per_minute(client: TestClient, ledger: Ledger) -> None:
+    _, headers = with_key(ledger, requests_per_minute=2)
+    answers = [client.post("/api/v1", json=body(), headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["1", "0", "0"]
+    assert all(answer.headers["x-ratelimit-limit-requests"] == "2" for answer in answers)
+    assert code(answers[2]) == (429, "rate_limited")
+    assert 1 <= int(answers[2].headers["retry-after"]) <= 30
+    assert answers[2].headers["x-ratelimit-reset-requests"].endswith("s")
+    assert client.post("/api/v1", json=body()).status_code == 200  # another key
+
+
+def test_requests_grow_back_evenly(monkeypatch: pytest.MonkeyPatch, ledger: Ledger) -> None:
+    clock = 100.0
+    monkeypatch.setattr("fulgurite.server.limits.time.monotonic", lambda: clock)
+    key, _ = ledger.keys.create("a", Limits(requests_per_minute=6))
+    meters = Meters()
+    taken, waits = [], []
+    for _ in range(300):  # a request a second for five minutes
+        try:
+            meters.count_request(key)
+            taken.append(clock)
+        except Problem as problem:
+            waits.append(int((problem.headers or {})["Retry-After"]))
+        clock += 1
+    assert set(waits) <= set(range(1, 11))
+    assert 6 + 29 <= len(taken) <= 6 + 30  # what was full at first, and one every ten seconds
+    clock += 3600
+    assert meters.count_request(key)["X-RateLimit-Remaining-Requests"] == "5"  # never more than a minute's
+
+
+def test_a_key_may_be_for_some_models_only(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    _, headers = with_key(ledger, models=(SPARK,))
+    response = client.post("/api/v1", json=MADE, headers=headers)
+    assert code(response) == (403, "model_not_allowed")
+    assert "It may use: fulgurite/spark." in response.json()["error"]["message"]
+    assert client.post("/api/v1", json=body(), headers=headers).status_code == 200
+    assert len(engine.jobs) == 1
+
+
+def test_expired_and_revoked_keys(client: TestClient, ledger: Ledger) -> None:
+    _, headers = with_key(ledger, expires_at=now() - timedelta(seconds=1))
+    response = client.post("/api/v1", json=body(), headers=headers)
+    assert code(response) == (401, "unauthorized")
+    assert "expired" in response.json()["error"]["message"]
+    key_id, headers = with_key(ledger)
+    assert client.post("/api/v1", json=body(), headers=headers).status_code == 200
+    ledger.keys.revoke(key_id)
+    assert "revoked" in client.post("/api/v1", json=body(), headers=headers).json()["error"]["message"]
+
+
+def test_a_retry_gets_the_first_answer_and_is_not_billed(
+    client: TestClient, ledger: Ledger, engine: FakeEngine
+) -> None:
+    key_id, headers = with_key(ledger)
+    headers |= {"Idempotency-Key": "order-1"}
+    first, again = (client.post("/api/v1", json=MADE, headers=headers) for _ in range(2))
+    assert first.status_code == again.status_code == 200
+    assert first.content == again.content
+    assert first.headers["x-fulgurite-seed"] == again.headers["x-fulgurite-seed"]  # a random one
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert first.headers["x-request-id"] != again.headers["x-request-id"]
+    assert first.headers["x-fulgurite-id"] == again.headers["x-fulgurite-id"] == first.headers["x-request-id"]
+    assert len(engine.jobs) == 1
+    assert spent(ledger, key_id) == PRICE
+    for other in (MADE | {"output_format": "jpeg"}, MADE | {"data": MADE["data"] | {"seed": 1}}):
+        assert code(client.post("/api/v1", json=other, headers=headers)) == (409, "idempotency_key_reused")
+    reordered = dict(reversed(MADE.items()))
+    assert client.post("/api/v1", json=reordered, headers=headers).content == first.content
+    # The same words from another customer are another order.
+    assert (
+        "idempotent-replayed"
+        not in client.post("/api/v1", json=MADE, headers=HEADERS | {"Idempotency-Key": "order-1"}).headers
+    )
+
+
+def test_what_failed_may_be_tried_again_under_its_key(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    key_id, headers = with_key(ledger)
+    headers |= {"Idempotency-Key": "order-1"}
+
+    def failing(model: str, request: Request) -> Picture:
+        raise RuntimeError
+
+    working, engine.answer = engine.answer, failing
+    assert client.post("/api/v1", json=MADE, headers=headers).status_code == 500
+    engine.answer = working
+    assert client.post("/api/v1", json=MADE, headers=headers).status_code == 200
+    assert spent(ledger, key_id) == PRICE
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 256, "\xff"])
+def test_idempotency_keys_that_cannot_be(client: TestClient, engine: FakeEngine, given: str) -> None:
+    response = client.post("/api/v1", json=body(), headers={"Idempotency-Key": given.encode("latin-1")})
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "Idempotency-Key"
+    assert engine.jobs == []
+
+
+def test_two_at_once_make_one_picture(engine: FakeEngine, ledger: Ledger) -> None:
+    """Five clients with one idempotency key, and one with another body; two go away, and the work goes on."""
+    key_id, headers = with_key(ledger)
+    headers |= {"Idempotency-Key": "order-1"}
+    engine.held = True
+    app = create_app(engine, ledger, read_settings())
+
+    async def talk() -> tuple[list[httpx.Response], httpx.Response]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", headers=headers
+        ) as client:
+            waiting = [asyncio.create_task(client.post("/api/v1", json=MADE)) for _ in range(5)]
+            while not engine.futures:
+                await asyncio.sleep(0.001)
+            other = await client.post("/api/v1", json=body())
+            for task in waiting[:2]:
+                task.cancel()
+            await asyncio.sleep(0.01)
+            engine.futures[0].set_result(drawn(*engine.jobs[0]))
+            return await asyncio.gather(*waiting[2:]), other
+
+    made, other = asyncio.run(talk())
+    assert code(other) == (409, "idempotency_key_reused")
+    assert [response.status_code for response in made] == [200] * 3
+    assert len({response.content for response in made}) == len(engine.jobs) == 1
+    assert spent(ledger, key_id) == PRICE
+
+
+@pytest.mark.parametrize("drawn_already", [False, True])
+def test_a_client_that_goes_away_pays_nothing(engine: FakeEngine, ledger: Ledger, drawn_already: bool) -> None:
+    key_id, headers = with_key(ledger)
+    engine.held = True
+    app = create_app(engine, ledger, read_settings())
+
+    async def talk() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=headers) as client,
+        ):
+            waiting = asyncio.create_task(client.post("/api/v1", json=MADE))
+            while not engine.futures:
+                await asyncio.sleep(0.001)
+            if drawn_already:  # and not yet encoded when the client goes
+                engine.futures[0].set_result(drawn(*engine.jobs[0]))
+            waiting.cancel()
+
+    asyncio.run(talk())
+    assert [entry.outcome for entry in ledger.entries(key_id)] == ["cancelled"]
+    assert spent(ledger, key_id) == 0
+
+
+def test_nothing_is_delivered_that_cannot_be_billed(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    """The disk fills up: the picture stays here, and so does the money; afterwards all is well again."""
+    key_id, headers = with_key(ledger)
+    client.post("/api/v1", json=MADE, headers=headers)
+    with sqlite3.connect(ledger._engine.url.database) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    response = client.post("/api/v1", json=MADE, headers=headers)
+    assert code(response) == (503, "ledger_unavailable")
+    assert "disk" not in response.text
+    with sqlite3.connect(ledger._engine.url.database) as database:
+        database.execute("DROP TRIGGER full")
+    assert spent(ledger, key_id) == PRICE
+    assert client.post("/api/v1", json=MADE, headers=headers).status_code == 200
+    assert spent(ledger, key_id) == 2 * PRICE
+
+
+def test_usage(client: TestClient, ledger: Ledger) -> None:
+    (mine, headers), (_, other) = with_key(ledger), with_key(ledger)
+    _, secret = ledger.keys.create("the operator", admin=True)
+    admin = {"Authorization": f"Bearer {secret}"}
+    for sent in (headers, headers, other):
+        client.post("/api/v1", json=MADE, headers=sent)
+    row = {"day": f"{now():%Y-%m-%d}", "model": LIGHTNING, "key": mine, "pictures": 2, "not_made": 0, "steps": 40}
+    row["price_microdollars"] = 2 * PRICE
+    assert client.get("/api/v1/usage", headers=headers).json() == {"usage": [row]}
+    assert client.get("/api/v1/usage", headers=headers, params={"key": mine}).json() == {"usage": [row]}
+    assert code(client.get("/api/v1/usage", headers=headers, params={"key": "another"})) == (403, "not_an_admin")
+    assert len(client.get("/api/v1/usage", headers=admin).json()["usage"]) == 2
+    assert client.get("/api/v1/usage", headers=admin, params={"key": mine}).json() == {"usage": [row]}
+    assert client.get("/api/v1/usage", headers=admin, params={"until": "2020-01-01"}).json() == {"usage": []}
+    for day in ("0001-01-01", "9999-12-31"):
+        assert client.get("/api/v1/usage", headers=admin, params={"since": day, "until": day}).status_code == 200
+    wrong = client.get("/api/v1/usage", headers=admin, params={"since": "yesterday"})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "since")
+    assert client.get("/api/v1/usage", headers={"Authorization": ""}).status_code == 401
+
+
+def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
+    _, secret = ledger.keys.create("the operator", admin=True)
+    keys, admin = "/api/v1/admin/keys", {"Authorization": f"Bearer {secret}"}
+    new = {
+        "name": "Zoë",
+        "models": [SPARK],
+        "requests_per_minute": 9,
+        "credit_microdollars": 5,
+        "pictures_in_flight": 1,
+    }
+    made = client.post(keys, json=new | {"expires_at": "2126-01-01T00:00:00Z"}, headers=admin)
+    assert made.status_code == 201
+    key = made.json()
+    assert new.items() <= key.items()
+    assert (key["state"], key["spent_microdollars"], key["admin"]) == ("active", 0, False)
+    with_it = {"Authorization": f"Bearer {key['secret']}"}
+    assert client.post("/api/v1", json=body(), headers=with_it).status_code == 200
+    rotated = client.post(f"{keys}/{key['id']}/rotate", headers=admin).json()
+    assert client.post("/api/v1", json=body(), headers=with_it).status_code == 401
+    with_it = {"Authorization": f"Bearer {rotated['secret']}"}
+    assert client.post("/api/v1", json=body(), headers=with_it).status_code == 200
+    assert client.delete(f"{keys}/{key['id']}", headers=admin).json()["state"] == "revoked"
+    assert client.post("/api/v1", json=body(), headers=with_it).status_code == 401
+    assert code(client.delete(f"{keys}/{key['id']}", headers=admin)) == (404, "unknown_key")
+    listed = client.get(keys, headers=admin)
+    assert [shown["state"] for shown in listed.json()["keys"]] == ["active", "active", "revoked"]
+    assert "secret" not in listed.text
+    for method, path in (("GET", keys), ("POST", keys), ("DELETE", f"{keys}/x"), ("POST", f"{keys}/x/rotate")):
+        assert code(client.request(method, path, json=new)) == (403, "not_an_admin")
+    assert code(client.post(keys, json=new | {"models": ["acme/nope"]}, headers=admin)) == (404, "unknown_model")
+    for wrong in ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0}):
+        assert client.post(keys, json=wrong, headers=admin).status_code == 422
+
+
+def test_secrets_are_never_logged(
+    client: TestClient, ledger: Ledger, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    _, headers = with_key(ledger)
+    secret = headers["Authorization"].removeprefix("Bearer ")
+
+    def failing(model: str, request: Request) -> Picture:
+        raise RuntimeError("a bug")
+
+    engine.answer = failing
+    responses = [client.post("/api/v1", json=MADE, headers=headers), client.get(f"/{secret}", headers=headers)]
+    assert "a bug" in caplog.text
+    assert secret not in "".join(response.text for response in responses)
+    assert not [record for record in caplog.records if secret in record.getMessage() and "httpx" not in record.name]
+
+
+def command(*arguments: str) -> Any:
+    result = CliRunner().invoke(command_line, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_keys_on_the_command_line() -> None:
+    made = command(
+        "keys", "create", "Zoë", "--model", SPARK, "--rpm", "60", "--pictures", "2", "--credit", "5.0000011",
+        "--expires", "2126-01-01", "--admin",
+    )  # fmt: skip
+    assert made.exit_code == 1
+    assert "to the millionth" in made.stderr
+    made = command("keys", "create", "Zoë", "--rpm", "60", "--credit", "5.000001", "--expires", "2126-01-01")
+    secret = made.stdout.strip()
+    books = open_ledger(read_settings())
+    key = books.keys.find(secret)
+    assert key
+    assert (key.limits.requests_per_minute, key.limits.credit) == (60, 5_000_001)
+    listed = command("keys", "list").stdout
+    assert key.id in listed
+    assert "Zoë" in listed
+    assert secret not in listed
+    rotated = command("keys", "rotate", key.id)
+    assert books.keys.find(secret) is None
+    assert books.keys.find(rotated.stdout.strip())
+    assert "revoked" in command("keys", "revoke", key.id).stderr
+    assert books.keys.find(rotated.stdout.strip()).state() == "revoked"
+    books.close()
+    assert "There is no key 'key_x' in use." in command("keys", "revoke", "key_x").stderr
+    assert "There is no model 'acme/nope'" in command("keys", "create", "x", "--model", "acme/nope").stderr
+
+
+def test_usage_on_the_command_line(engine: FakeEngine) -> None:
+    books = open_ledger(read_settings())
+    key_id, headers = with_key(books)
+    with TestClient(create_app(engine, books, read_settings()), headers=headers) as client:
+        for _ in range(3):
+            client.post("/api/v1", json=MADE)
+    books.close()
+    row = {"day": f"{now():%Y-%m-%d}", "model": LIGHTNING, "key": key_id, "pictures": "3", "not_made": "0"}
+    assert list(csv.DictReader(io.StringIO(command("usage", "--csv").stdout))) == [
+        row | {"steps": "60", "price_microdollars": "3300"}
+    ]
+    assert "$0.0033" in command("usage").stdout
+    assert command("usage", "--csv", "--until", "2020-01-01").stdout.count("\n") == 1
+    assert command("usage", "--key", "key_x").exit_code == 0
+    assert command("usage", "--since", "yesterday").exit_code == 2
+
+
+@pytest.mark.parametrize(("text", "micro"), [("5", 5_000_000), ("$0.0011", 1100), ("0", 0), ("1e2", 100_000_000)])
+def test_dollars_are_exact(text: str, micro: int) -> None:
+    assert micro_dollars(text) == micro
+    assert micro_dollars(dollars(micro)) == micro
+
+
+@pytest.mark.parametrize("text", ["", "five", "-1", "nan", "inf", "0.0000001", "1e400", "1e-400"])
+def test_amounts_that_cannot_be(text: str) -> None:
+    with pytest.raises(FulguriteError, match="--credit"):
+        micro_dollars(text)
