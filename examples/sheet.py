@@ -15,16 +15,16 @@ a rocket | a red fox | a cat | a dog, flat style | a panda | a lion | a frog | a
 an owl, flat style | a whale | a crab | a blue butterfly | a ladybug | a turtle | a dinosaur | an octopus
 a pine tree | a cactus | a palm tree on a yellow background | a tulip | a sunflower | a mushroom | a rose | a rainbow
 an apple | a banana | a pineapple | a slice of watermelon | a strawberry | grapes | a carrot, flat style | a tomato
-a burger | a slice of pizza | a donut | a birthday cake on a pink background | a cup of coffee | a house | a castle | a ufo
-the sun | a moon on a black background | a snowman | a purple balloon | a football | a guitar | a robot | a ghost
-a green car | a fire truck | a plane | a sailboat on a teal background | an umbrella | a gift | a bee | a star
+a burger | a slice of pizza | a donut | a birthday cake on a pink background | a cup of coffee | a house | a castle
+a ufo | the sun | a moon on a black background | a snowman | a purple balloon | a football | a guitar | a robot
+a ghost | a green car | a fire truck | a plane | a sailboat on a teal background | an umbrella | a gift | a bee | a star
 """
 SIDE, COLUMNS, CAPTION = 128, 8, 26
 
 
 def main(path: Path) -> None:
-    prompts = [prompt.strip() for line in PROMPTS.strip().splitlines() for prompt in line.split("|")]
-    rows = len(prompts) // COLUMNS
+    prompts = [prompt.strip() for prompt in PROMPTS.replace("\n", "|").strip("|").split("|")]
+    rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     draw = Pipeline.load("fulgurite/spark")
