@@ -24,7 +24,7 @@ from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
 from fulgurite.training.teacher import initialize, noised, train_teacher
-from fulgurite.training.text import NOTHING, Questions, answers_of
+from fulgurite.training.text import NOTHING, Questions, Sketch, answers_of, train_text_encoders
 from fulgurite.training.vae import crops, normalize_latents, to_pixels
 from fulgurite.training.words import SYNONYMS
 
@@ -97,6 +97,29 @@ def test_the_answers_of_a_scene_are_among_those_the_encoders_are_taught(sprites:
         assert said == answers_of(scene)
         assert (said["second"] == NOTHING) == (len(scene.things) == 1)
     assert questions.loss(torch.randn(50, 8), targets).isfinite()
+
+
+def test_a_sketch_lays_the_last_states_out_over_the_latent_row_by_row() -> None:
+    sketch = Sketch(1, (2, 8, 8))
+    nn.init.ones_(sketch.linear.weight)
+    nn.init.zeros_(sketch.linear.bias)
+    drawn = sketch(torch.arange(20.0)[None, :, None])  # the first four states are the prompt's
+    assert torch.equal(drawn[0, 1, ::2, ::2], torch.arange(4.0, 20.0).view(4, 4))
+    assert torch.equal(drawn[0, 0], drawn[0, 1])
+
+
+def test_text_encoders_learn_what_and_where(sprites: Sprites, tmp_path: Path) -> None:
+    of_model = replace(card("fulgurite/spark"), unet=replace(UNET, pooled_dim=48), text_encoders=(FIRST, SECOND))
+    write_tokenizer(sprites, FIRST.vocab_size, tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path, 60)
+    scenes = [random_scene(random.Random(number), sprites) for number in range(4)]
+    latents = np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float16)
+    train_text_encoders(
+        sprites, LatentSet((256, 256), latents, scenes), of_model, tokenizer, tmp_path / "run", steps=100, batch=8
+    )
+    first, last = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert last["questions"] < 0.8 * first["questions"]
+    assert last["sketch"] < first["sketch"]
 
 
 def test_the_learned_tokenizer_is_clips_and_keeps_common_words_whole(sprites: Sprites, tmp_path: Path) -> None:

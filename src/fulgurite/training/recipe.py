@@ -3,7 +3,6 @@
 import json
 import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from fulgurite.cards import card
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import END
-from fulgurite.training.latents import LatentSet, build_latents
+from fulgurite.training.latents import build_latents
 from fulgurite.training.scenes import caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.teacher import train_teacher, train_tokenizer
@@ -30,39 +29,25 @@ class Preset:
 
     device: str
     small: bool  # two styles of the commonest things, instead of all
+    things: frozenset[str] | None  # the scenes hold these alone; None: all
     vae_steps: int
+    scenes: int
     text_steps: int
-    scenes: int  # square ones; each other shape gets a twelfth as many
     teacher_steps: int
-    focus_steps: int  # on the few things of FIRST alone, where there is not the time to learn all well
     batch: int
     decoder_steps: int
 
 
 PRESETS = {
     "cpu": Preset(
-        "cpu",
-        True,
-        vae_steps=1150,
-        text_steps=700,
-        scenes=6000,
-        teacher_steps=4000,
-        focus_steps=2300,
-        batch=32,
-        decoder_steps=700,
+        "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=900, teacher_steps=6000, batch=32,
+        decoder_steps=1500,
     ),
     "gpu": Preset(
-        "cuda",
-        False,
-        vae_steps=20_000,
-        text_steps=5000,
-        scenes=200_000,
-        teacher_steps=100_000,
-        focus_steps=0,
-        batch=256,
+        "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
         decoder_steps=10_000,
     ),
-}
+}  # fmt: skip
 
 
 def save_network(network: nn.Module, path: Path) -> None:
@@ -89,32 +74,29 @@ def train(work: Path, out: Path, preset: Preset) -> None:
     of_model = card(MODEL)
     sprites_folder = work / "sprites"
     sprites_folder.mkdir(parents=True, exist_ok=True)
-    sprites = build(sprites_folder, preset.small)
+    build(sprites_folder, preset.small)
+    sprites = Sprites.open(sprites_folder, preset.things)
     write_tokenizer(sprites, of_model.text_encoders[0].vocab_size, out / "tokenizer")
+    tokenizer = Tokenizer.from_folder(out / "tokenizer", of_model.text_encoders[0].max_position_embeddings)
 
     vae = train_vae(sprites, of_model.vae, work / "vae", preset.vae_steps, preset.device)
-    pixels = to_pixels(render_pictures(sprites, 128, "normalize")).to(preset.device)
-    normalize_latents(vae, pixels)
-    tokenizer = Tokenizer.from_folder(out / "tokenizer", of_model.text_encoders[0].max_position_embeddings)
-    encoders = train_text_encoders(sprites, of_model, tokenizer, work / "text", preset.text_steps, preset.device)
+    normalize_latents(vae, to_pixels(render_pictures(sprites, 128, "normalize")).to(preset.device))
+    shape, *others = of_model.native_shapes
+    square = build_latents(sprites_folder, preset.things, vae, shape, preset.scenes, work / "latents")
+    oblong = [
+        build_latents(sprites_folder, preset.things, vae, other, preset.scenes // 12, work / "latents")
+        for other in others
+    ]
+    torch.set_float32_matmul_precision("high")
+    encoders = train_text_encoders(
+        sprites, square, of_model, tokenizer, work / "text", preset.text_steps, preset.device
+    )
     for name, encoder in encoders.items():
         save_network(encoder, out / name / "model.safetensors")
-
-    def latents(names: frozenset[str] | None, count: int, folder: Path) -> list[LatentSet]:
-        """Square scenes, then those of the other native shapes, a twelfth as many of each."""
-        square, *others = of_model.native_shapes
-        counts = [(square, count)] + [(shape, count // 12) for shape in others]
-        return [build_latents(sprites_folder, names, vae, shape, number, folder) for shape, number in counts]
-
-    torch.set_float32_matmul_precision("high")
-    teach = partial(
-        train_teacher, card=of_model, tokenizer=tokenizer, encoders=encoders, device=preset.device, batch=preset.batch
-    )
-    everything = latents(None, preset.scenes, work / "latents")
-    unet = teach(everything, folder=work / "teacher", steps=preset.teacher_steps)
-    if preset.focus_steps:
-        few = latents(FIRST, preset.scenes, work / "focus_latents")
-        unet = teach(few, folder=work / "focus", steps=preset.focus_steps, start=unet)
+    unet = train_teacher(
+        [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, preset.device,
+        preset.batch,
+    )  # fmt: skip
     save_network(unet, out / "unet/diffusion_pytorch_model.safetensors")
     vae = refine_decoder(sprites, vae, work / "decoder", preset.decoder_steps, preset.device)
     save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")

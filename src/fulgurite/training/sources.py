@@ -128,7 +128,7 @@ def capped(entries: list[dict], groups: dict[str, str], share: float = 0.2) -> l
     return others + people[::stride]
 
 
-def build(folder: Path, small: bool) -> Sprites:
+def build(folder: Path, small: bool) -> None:
     """Fetches the packages and renders every sprite into ``folder``; done once, then read back."""
     if not (folder / "things.json").exists():
         packages = folder / "packages"
@@ -157,4 +157,3 @@ def build(folder: Path, small: bool) -> Sprites:
                 things.append(Thing(entry["label"], tuple(entry.get("tags", ())), group, subgroup, sprites))
         np.save(folder / "sprites.npy", np.stack(rows))
         (folder / "things.json").write_text(json.dumps([asdict(t) for t in things]), encoding="utf-8")
-    return Sprites.open(folder)

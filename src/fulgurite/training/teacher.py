@@ -80,18 +80,14 @@ def train_teacher(
     batch: int = 32,
     peak: float = 1e-3,
     seed: int = 0,
-    start: UNet | None = None,
 ) -> UNet:
-    """Trains in ``folder``, going on from its checkpoint, else from ``start``; returns the averaged network.
+    """Trains in ``folder``, going on from its checkpoint; returns the averaged network.
 
     ``latents``: the square set first, then other shapes.
     """
     torch.manual_seed(seed)
     unet = UNet(card.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if start:
-        unet.load_state_dict(start.state_dict())
-    else:
-        initialize(unet)
+    initialize(unet)
     encoders = encoders.requires_grad_(False)
     stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985)
     sigmas = train_sigmas().to(device)

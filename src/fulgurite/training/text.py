@@ -1,11 +1,14 @@
-"""Stage two: the text encoders, taught to say what is in the scene that a caption describes.
+"""Stage two: the text encoders, taught to say what is in the scene that a caption describes, and where.
 
 SDXL's encoders come ready from a billion captioned pictures. Here every caption is written from a scene that is
-known exactly, so instead of by contrast with pictures they learn from that: which things, turned to which colours,
-on what background, in which style. It takes minutes, and a UNet that starts from encoders that know a fox from a
-rocket spends its own hours on drawing; together from nothing, it first learned colours and never reached shapes.
+known exactly, so instead of by contrast with pictures they learn from that. The pooled state answers questions: which
+things, turned to which colours, on what background, in which style. The last states, which stand behind the prompt
+and have no words of their own, sketch the latent, each its part of it. So the UNet's cross-attention finds the outlines
+of what it is to draw, where otherwise it would have to learn every thing's shape from its name alone: on little data
+it learned colours, and never reached shapes.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -15,11 +18,13 @@ from torch import Tensor, nn
 
 from fulgurite.cards import Card
 from fulgurite.models import CLIPTextEncoder, Tokenizer
+from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Stage
-from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, Scene, caption, random_scene
+from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, Scene, caption
 from fulgurite.training.sources import Sprites
 
 NOTHING = "nothing"
+PARTS = 4  # per side of the latent: as many squared are the states that sketch
 
 
 class Questions(nn.Module):
@@ -48,6 +53,20 @@ class Questions(nn.Module):
         return torch.stack(losses).mean()
 
 
+class Sketch(nn.Module):
+    """A linear map from the last states of both encoders to the latent, a square part from each."""
+
+    def __init__(self, dim: int, latent: tuple[int, ...]) -> None:
+        super().__init__()
+        channels, height, width = latent
+        self.part = (height // PARTS, width // PARTS)
+        self.linear = nn.Linear(dim, channels * math.prod(self.part))
+
+    def forward(self, states: Tensor) -> Tensor:  # [B, S, D] to [B, C, h, w]
+        parts = self.linear(states[:, -PARTS * PARTS :])
+        return F.fold(parts.transpose(1, 2), (self.part[0] * PARTS, self.part[1] * PARTS), self.part, stride=self.part)
+
+
 def answers_of(scene: Scene) -> dict[str, str]:
     first, *rest = scene.things
     second = rest[0] if rest else None
@@ -64,35 +83,35 @@ def answers_of(scene: Scene) -> dict[str, str]:
 
 def train_text_encoders(
     sprites: Sprites,
+    latents: LatentSet,
     card: Card,
     tokenizer: Tokenizer,
     folder: Path,
     steps: int,
     device: str = "cpu",
-    batch: int = 128,
+    batch: int = 96,
     seed: int = 0,
 ) -> nn.ModuleDict:
     """Trains in ``folder``, going on from its checkpoint; returns the averaged text_encoder and text_encoder_2."""
     torch.manual_seed(seed)
     first, second = (CLIPTextEncoder(config).to(device) for config in card.text_encoders)
-    questions = nn.ModuleList(
-        Questions(config.projection_dim or config.hidden_size, sprites).to(device) for config in card.text_encoders
+    questions = Questions(card.unet.pooled_dim, sprites).to(device)
+    sketch = Sketch(card.unet.cross_attention_dim, latents.latents.shape[1:]).to(device)
+    networks = nn.ModuleDict(
+        {"text_encoder": first, "text_encoder_2": second, "questions": questions, "sketch": sketch}
     )
-    networks = nn.ModuleDict({"text_encoder": first, "text_encoder_2": second, "questions": questions})
-    stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.995)
+    stage = Stage(folder, networks, peak=1.5e-3, steps=steps, decay=0.995)
     while stage.step < steps:
         rng = random.Random(f"text {seed} {stage.step}")
-        scenes = [random_scene(rng, sprites) for _ in range(batch)]
+        clean, scenes = latents.batch(batch, rng)
         ids = tokenizer([caption(scene, rng) for scene in scenes]).to(device)
-        losses = {}
-        for name, encoder, asked in (("first", first, questions[0]), ("second", second, questions[1])):
-            with torch.autocast(device, torch.bfloat16):
-                _, pooled = encoder(ids)
-            assert isinstance(asked, Questions)
-            targets = {question: numbers.to(device) for question, numbers in asked.targets(scenes).items()}
-            losses[name] = asked.loss(pooled.float(), targets)
-        stage.update(losses)
+        with torch.autocast(device, torch.bfloat16):
+            (states, _), (more, pooled) = first(ids), second(ids)
+            drawn = sketch(torch.cat([states, more], dim=-1)).float()
+        targets = {question: numbers.to(device) for question, numbers in questions.targets(scenes).items()}
+        asked = questions.loss(pooled.float(), targets)
+        stage.update({"questions": asked, "sketch": 2 * F.mse_loss(drawn, clean.to(device))})
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
-    del average["questions"]
+    del average["questions"], average["sketch"]
     return average.eval()

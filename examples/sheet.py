@@ -1,0 +1,46 @@
+"""Draws docs/sheet.jpg: prompts with their pictures from the embedded model, each the first seed, none picked.
+
+python examples/sheet.py [docs/sheet.jpg]
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fulgurite import Pipeline
+
+PROMPTS = """
+a rocket | a red fox | a cat | a dog, flat style | a panda | a lion | a frog | a penguin on a blue background
+an owl, flat style | a whale | a crab | a blue butterfly | a ladybug | a turtle | a dinosaur | an octopus
+a pine tree | a cactus | a palm tree on a yellow background | a tulip | a sunflower | a mushroom | a rose | a rainbow
+an apple | a banana | a pineapple | a slice of watermelon | a strawberry | grapes | a carrot, flat style | a tomato
+a burger | a slice of pizza | a donut | a birthday cake on a pink background | a cup of coffee | a house | a castle
+a ufo | the sun | a moon on a black background | a snowman | a purple balloon | a football | a guitar | a robot
+a ghost | a green car | a fire truck | a plane | a sailboat on a teal background | an umbrella | a gift | a bee | a star
+"""
+SIDE, COLUMNS, CAPTION = 128, 8, 26
+
+
+def main(path: Path) -> None:
+    prompts = [prompt.strip() for prompt in PROMPTS.replace("\n", "|").strip("|").split("|")]
+    rows = -(-len(prompts) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + CAPTION)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw = Pipeline.load("fulgurite/spark")
+    for i, prompt in enumerate(prompts):
+        picture = draw(prompt, width=256, height=256, seed=0).image
+        x, y = i % COLUMNS * SIDE, i // COLUMNS * (SIDE + CAPTION)
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        words, lines = prompt.split(), [""]
+        for word in words:
+            longer = f"{lines[-1]} {word}".strip()
+            lines = [*lines[:-1], longer] if pen.textlength(longer, font) < SIDE else [*lines, word]
+        pen.multiline_text(
+            (x + SIDE / 2, y + SIDE + 2), "\n".join(lines), "black", font, anchor="ma", align="center", spacing=1
+        )
+    sheet.save(path, quality=90)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/sheet.jpg"))
