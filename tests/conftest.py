@@ -1,6 +1,9 @@
 """What several tests share: an own home for each, a fake engine, databases, and a tiny pipeline with random weights."""
 
 import os
+import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,6 +14,7 @@ import postgres
 import psycopg
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -115,6 +119,21 @@ def client(engine: FakeEngine, ledger: Ledger) -> Iterator[TestClient]:
     app = create_app(engine, ledger, read_settings())
     with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def address(engine: FakeEngine, ledger: Ledger) -> Iterator[str]:
+    """The fake engine's server on a real socket."""
+    config = uvicorn.Config(create_app(engine, ledger, read_settings()), log_level="warning")
+    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    listener.close()
 
 
 def body(**data: object) -> dict[str, object]:

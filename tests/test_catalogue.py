@@ -3,26 +3,18 @@
 import io
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import uvicorn
 from conftest import KEY, LIGHTNING, SPARK, FakeEngine
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from fulgurite.cards import cards
 from fulgurite.errors import NotPulledError
-from fulgurite.ledger import Ledger
-from fulgurite.server import create_app
-from fulgurite.settings import read_settings
 
 
 def test_every_card_is_in_the_catalogue(client: TestClient) -> None:
@@ -100,21 +92,6 @@ def test_an_example_that_cannot_be_drawn_is_tried_again(client: TestClient, engi
 def test_the_page_trusts_nobody(client: TestClient) -> None:
     response = client.get(f"/models/{SPARK}", headers={"Host": "a<script>alert(1)</script>"})
     assert "<script>" not in response.text
-
-
-@pytest.fixture
-def address(engine: FakeEngine, ledger: Ledger) -> Iterator[str]:
-    """The fake engine's server on a real socket."""
-    config = uvicorn.Config(create_app(engine, ledger, read_settings()), log_level="warning")
-    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listener.close()
 
 
 @pytest.mark.parametrize("language", ["python", "curl", "javascript"])

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from fulgurite.cards import card
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import END
 from fulgurite.training.latents import build_latents
-from fulgurite.training.scenes import caption, random_scene
+from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.teacher import train_teacher, train_tokenizer
 from fulgurite.training.text import train_text_encoders
@@ -40,7 +41,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=900, teacher_steps=6000, batch=32,
+        "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=1500, teacher_steps=5000, batch=32,
         decoder_steps=1500,
     ),
     "gpu": Preset(
@@ -60,7 +61,8 @@ def save_network(network: nn.Module, path: Path) -> None:
 def write_tokenizer(sprites: Sprites, size: int, folder: Path) -> None:
     """Learns the vocabulary from captions, and writes it as CLIP's tokenizer is published."""
     rng = random.Random("tokenizer")
-    texts = (caption(random_scene(rng, sprites), rng) for _ in range(20_000))
+    captions = (caption(random_scene(rng, sprites), rng) for _ in range(20_000))
+    texts = chain(captions, (no_caption(rng) for _ in range(1_000)))
     vocab, merges = train_tokenizer(texts, size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fulgurite.training.sources import SPRITE, Sprites, Thing
-from fulgurite.training.words import COMMON, FILLERS, SYNONYMS
+from fulgurite.training.words import COMMON, FAULTS, FILLERS, SYNONYMS
 
 COLOURS = {
     "red": (214, 48, 49), "orange": (242, 140, 40), "yellow": (250, 208, 60), "green": (72, 168, 88),
@@ -136,9 +136,9 @@ def render(scene: Scene, sprites: Sprites) -> np.ndarray:
 def name_of(thing: Thing, rng: random.Random) -> str:
     """The thing's name, or now and then another word for it."""
     pick = rng.random()
-    if pick < 0.2 and thing.name in SYNONYMS:
+    if pick < 0.3 and thing.name in SYNONYMS:
         return rng.choice(SYNONYMS[thing.name])
-    if pick < 0.3 and thing.tags:
+    if pick < 0.4 and thing.tags:
         return rng.choice(thing.tags)
     return thing.name.removesuffix(" face") if rng.random() < 0.5 else thing.name
 
@@ -171,3 +171,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.08:
         text = rng.choice(("a picture of ", "an image of ", "an icon of ", "a drawing of ")) + text
     return text
+
+
+def no_caption(rng: random.Random) -> str:
+    """Words that say nothing of any scene: none, or a negative prompt's, so that guidance by one is guidance by none."""
+    return "" if rng.random() < 0.5 else ", ".join(rng.sample(FAULTS, rng.randint(1, 4)))

@@ -22,7 +22,7 @@ from fulgurite.models.unet import ResnetBlock, SpatialTransformer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Stage
-from fulgurite.training.scenes import caption
+from fulgurite.training.scenes import caption, no_caption
 
 UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
@@ -104,7 +104,7 @@ def train_teacher(
         square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
         chosen = latents[0] if square else rng.choice(latents[1:])
         clean, scenes = chosen.batch(batch, rng)
-        captions = ["" if rng.random() < UNCONDITIONAL else caption(scene, rng) for scene in scenes]
+        captions = [no_caption(rng) if rng.random() < UNCONDITIONAL else caption(scene, rng) for scene in scenes]
         timesteps = ((1 - torch.rand(batch) ** 2) * TRAIN_STEPS).long().clamp_max(TRAIN_STEPS - 1)
         timesteps[torch.rand(batch) < PURE_NOISE] = TRAIN_STEPS - 1
         width, height = chosen.size

@@ -5,6 +5,13 @@ FILLERS = (
     "colorful", "modern", "fancy", "little", "large", "high quality", "minimal", "stylized", "single", "nice",
 )  # fmt: skip
 
+# What negative prompts are made of. Nothing in a picture answers to them.
+FAULTS = (
+    "blurry", "low quality", "worst quality", "bad quality", "low resolution", "ugly", "deformed", "distorted", "noisy",
+    "grainy", "pixelated", "out of focus", "jpeg artifacts", "watermark", "text", "signature", "cropped", "bad anatomy",
+    "disfigured", "extra limbs", "bad", "poorly drawn",
+)  # fmt: skip
+
 # Asked for often, and so drawn often: these and all that have synonyms.
 COMMON = {
     "lion", "elephant", "giraffe", "zebra", "deer", "wolf", "raccoon", "squirrel", "chipmunk", "hedgehog", "bat",
@@ -36,8 +43,8 @@ FIRST = frozenset({
 
 SYNONYMS = {
     "rocket": ("spacecraft", "spaceship", "space rocket", "starship", "rocket ship"),
-    "flying saucer": ("ufo", "spacecraft", "alien spaceship", "spaceship"),
-    "satellite": ("space probe", "spacecraft"),
+    "flying saucer": ("ufo", "alien saucer"),
+    "satellite": ("space probe",),
     "automobile": ("car", "red car", "vehicle"),
     "sport utility vehicle": ("suv", "jeep", "blue car"),
     "racing car": ("race car", "formula one car", "sports car"),
