@@ -24,6 +24,7 @@ from fulgurite.cards import card
 from fulgurite.ledger import Ledger
 from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
 from fulgurite.models.tokenizer import END, START
+from fulgurite.pipeline import OnStep
 from fulgurite.server import create_app
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks
@@ -43,6 +44,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("FULGURITE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FULGURITE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FULGURITE_CONFIG", str(tmp_path / "settings.toml"))
+    (tmp_path / "settings.toml").touch()
     return tmp_path / "home"
 
 
@@ -61,7 +64,9 @@ class FakeEngine:
         self.futures: list[Future[Picture]] = []
         self.held = False
 
-    def submit(self, model: str, request: Request) -> Future[Picture]:
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
+        for step in range(0 if self.held or not on_step else request.num_steps):
+            on_step(step + 1, request.num_steps, lambda: Image.new("RGB", (16, 16), "orange"))
         self.jobs.append((model, request))
         job: Future[Picture] = Future()
         if not self.held:
@@ -75,8 +80,14 @@ class FakeEngine:
     def cancel(self, job: Future[Picture]) -> None:
         job.cancel()
 
+    def position(self, job: Future[Picture]) -> int:
+        return self.futures.index(job) if self.held and not job.done() else 0
+
     def stats(self) -> dict[str, int]:
         return {"queued": 0, "running": 0, "done": len(self.jobs), "failed": 0}
+
+    def state(self) -> str:
+        return "busy" if self.held else "ready"
 
 
 @pytest.fixture
@@ -151,6 +162,8 @@ def tiny() -> Pipeline:
     text = CLIPTextConfig(len(tokens), 16, 32, 2, 2, 16, "gelu", None, len(tokens) - 1)
     unet = UNetConfig(4, 4, (16, 32), 1, (0, 1), 8, 32, 8, 16, 8)
     vae = VAEConfig(3, 4, (8, 8, 8, 8, 8), 1, 8, 1.0)
-    small = replace(card(SPARK), unet=unet, vae=vae, text_encoders=(text, replace(text, projection_dim=16)))
+    small = replace(
+        card(SPARK), preview_rgb=(), unet=unet, vae=vae, text_encoders=(text, replace(text, projection_dim=16))
+    )
     encoders = CLIPTextEncoder(small.text_encoders[0]), CLIPTextEncoder(small.text_encoders[1])
     return Pipeline(small, Networks((tokenizer, tokenizer), encoders, UNet(unet), VAE(vae), "v"))

@@ -29,7 +29,7 @@ class Gate:
         self.started.set()
         for step in range(request.num_steps):
             assert self.open.wait(10)
-            on_step(step + 1, request.num_steps)
+            on_step(step + 1, request.num_steps, lambda: None)
         self.drawn.append(request.prompt)
         return drawn(SPARK, request)
 

@@ -1,5 +1,7 @@
 """The command line. torch, the server and the networks are imported by the commands that need them: help is quick."""
 
+import gc
+import logging
 import os
 import signal
 from pathlib import Path
@@ -141,7 +143,7 @@ def draw(pipeline: "Drawer", request: "Request", title: str) -> "Picture":
         *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         task = progress.add_task(title, total=None)
-        return pipeline.draw(request, lambda done, steps: progress.update(task, completed=done, total=steps))
+        return pipeline.draw(request, lambda done, steps, _: progress.update(task, completed=done, total=steps))
 
 
 def save(picture: "Picture", file: Path) -> None:
@@ -172,7 +174,7 @@ def serve(
 
     from fulgurite.engine import Engine, Loader
     from fulgurite.ledger import open_ledger
-    from fulgurite.server import DEMO, create_app, demo_notice
+    from fulgurite.server import DEMO, JSONLines, create_app, demo_notice
     from fulgurite.settings import read_settings
 
     settings = read_settings(host=host, port=port, models=tuple(model) if model else None, demo=demo)
@@ -186,14 +188,27 @@ def serve(
         _, secret = ledger.keys.create("first")
         say(f"Your API key, shown this once: {secret}")
     engine = Engine(Loader(settings.device), settings.queue_size)
+    lines = logging.StreamHandler()
+    lines.setFormatter(JSONLines())
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
     config = uvicorn.Config(
-        create_app(engine, ledger, settings), settings.host, settings.port, timeout_graceful_shutdown=30
+        create_app(engine, ledger, settings),
+        settings.host,
+        settings.port,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
     )
     listener = config.bind_socket()  # says what is wrong, and exits, where it cannot
+    listener.listen(config.backlog)  # from here on nobody who reads the next line is refused: who is early waits
     say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
     if settings.demo:
         for asked in DEMO:
             say(demo_notice(asked))
+    # What is here now stays: collecting garbage need not walk through all of torch again and again.
+    gc.collect()
+    gc.freeze()
     # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -203,6 +218,16 @@ def serve(
     finally:
         engine.close()
         ledger.close()
+
+
+@app.command()
+def settings() -> None:
+    """Prints every setting in force, and where it came from."""
+    from fulgurite.settings import origin, read_settings
+
+    for name, value in read_settings():
+        shown = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+        typer.echo(f"{name:<17} {shown:<32} {origin(name)}")
 
 
 @app.command()

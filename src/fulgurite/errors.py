@@ -7,6 +7,7 @@ FulguriteError
 ├── CreditSpentError      the key's credit does not cover the price
 ├── LedgerError           the ledger cannot be read or written: says which
 ├── UnknownKeyError       no such API key
+├── client.APIError       a server's answer to our client that is an error
 └── WeightsError          the weights cannot be used: says which file and tensor
     └── NotPulledError    the weights are not on this machine: says how to pull them
 """

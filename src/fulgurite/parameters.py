@@ -1,10 +1,19 @@
 """The parameters of one picture, as the hosted API names and bounds them: one place for server and command line."""
 
 import secrets
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 LONGEST_PROMPT = 100_000  # characters; what the text encoders cannot read of it is cut, and a note says so
+
+
+def whole(value: Any) -> Any:
+    """512.0 is the integer 512 in JSON Schema, and in the JSON of some languages."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
 
 
 class Parameters(BaseModel):
@@ -14,13 +23,13 @@ class Parameters(BaseModel):
 
     prompt: str = Field(min_length=2, max_length=LONGEST_PROMPT, description="What to draw.")
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT, description="What to avoid.")
-    height: int = Field(1024, ge=256, le=2048, description="Pixels.")
-    width: int = Field(1024, ge=256, le=2048, description="Pixels.")
-    num_steps: int = Field(20, ge=1, le=20, description="The most steps to spend.")
+    height: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
+    width: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
+    num_steps: Whole = Field(20, ge=1, le=20, description="The most steps to spend.")
     guidance: float = Field(
         7.5, ge=0, le=30, allow_inf_nan=False, description="Higher follows the prompt more closely."
     )
-    seed: int = Field(
+    seed: Whole = Field(
         default_factory=lambda: secrets.randbits(32),
         ge=0,
         le=2**64 - 1,

@@ -2,7 +2,10 @@
 
 import io
 import re
+import struct
 
+import numpy as np
+from isal import isal_zlib
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -45,6 +48,13 @@ def file_bytes(picture: Picture, media_type: str) -> bytes:
     return file.getvalue()
 
 
+def preview_bytes(image: Image.Image) -> bytes:
+    """A JPEG of a few kilobytes."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75)
+    return file.getvalue()
+
+
 def user_comment(picture: Picture) -> Image.Exif:
     """The parameters where JPEG and WebP hold them; prompts too long for that are cut, the numbers kept."""
     text, exif = parameters(picture), Image.Exif()
@@ -59,7 +69,24 @@ def png_bytes(picture: Picture) -> bytes:
     """The file: the same request and seed give the same bytes."""
     info = PngInfo()
     info.add_text("parameters", parameters(picture))
-    file = io.BytesIO()
-    # Level 3: a third of the time that the default takes, for files a tenth larger.
-    picture.image.save(file, "PNG", pnginfo=info, compress_level=3)
-    return file.getvalue()
+    header = struct.pack(">IIBBBBB", *picture.image.size, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    rows = isal_zlib.compress(upwards(np.asarray(picture.image)).data, 1)
+    chunks = [(b"IHDR", header), *((name, data) for name, data, *_ in info.chunks), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(name, data) for name, data in chunks)
+
+
+def upwards(pixels: np.ndarray) -> np.ndarray:
+    """Pixels ``[H, W, 3]`` as PNG's filter 2 has them: each row less the one above it, and the filter's number first.
+
+    With ISA-L's deflate this takes a tenth of Pillow's time, for files no larger (bench/png.py).
+    """
+    height, width, channels = pixels.shape
+    rows = pixels.reshape(height, width * channels)
+    filtered = np.full((height, 1 + width * channels), 2, np.uint8)
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    return filtered
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", isal_zlib.crc32(name + data))

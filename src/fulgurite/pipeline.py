@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from fulgurite.sampling import (
 from fulgurite.weights import Networks, load_networks
 
 DEFAULT_GUIDANCE = 7.5
-OnStep = Callable[[int, int], None]  # steps done, steps in all
+PREVIEW_SIDE = 128  # pixels, of a preview's longer side
+Preview = Callable[[], Image.Image | None]  # the picture as it would be now, small and rough
+OnStep = Callable[[int, int, Preview], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,10 @@ class Pipeline:
         for i, timestep in enumerate(timesteps):
             sigma, next_sigma = sigmas[i : i + 1], sigmas[i + 1 : i + 2]
             prediction = self._predict(scale_input(x, sigma).to(self.dtype), timestep[None], conditions).float()
-            x = euler_step(x, to_denoised(prediction, x, sigma, self.networks.prediction), sigma, next_sigma)
+            denoised = to_denoised(prediction, x, sigma, self.networks.prediction)
+            x = euler_step(x, denoised, sigma, next_sigma)
             if on_step:
-                on_step(i + 1, len(timesteps))
+                on_step(i + 1, len(timesteps), partial(preview, denoised[0], self.card.preview_rgb))
         return x
 
     def _predict(self, x: Tensor, timestep: Tensor, to: Conditions) -> Tensor:
@@ -198,6 +202,18 @@ def to_image(pixels: Tensor) -> Image.Image:
     """Pixels ``[3, H, W]`` in -1..1 to a picture."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array))
+
+
+def preview(latent: Tensor, rgb: tuple[tuple[float, ...], ...]) -> Image.Image | None:
+    """A clean latent ``[C, h, w]`` as a small picture, by the card's linear map instead of the VAE."""
+    if not rgb:
+        return None
+    weights = torch.tensor(rgb)
+    pixels = torch.einsum("chw,cd->dhw", latent.float().cpu(), weights[:-1]) + weights[-1][:, None, None]
+    image = to_image(pixels)
+    scale = PREVIEW_SIDE / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def fitted(image: Image.Image, width: int, height: int, card: Card) -> Image.Image:

@@ -1,16 +1,36 @@
-"""One frozen settings object, read once: flags first, then ``FULGURITE_*`` variables, then defaults."""
+"""One frozen settings object, read once: flags, then ``FULGURITE_*`` variables, then a TOML file, then defaults."""
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from platformdirs import user_data_path
+from platformdirs import user_config_path, user_data_path
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, SettingsConfigDict
 
 from fulgurite.errors import FulguriteError
 
 PREFIX = "FULGURITE_"
+CONFIG = PREFIX + "CONFIG"  # the file's path, where it is not the usual one
+
+
+def settings_file() -> Path:
+    """Where the settings' file is, or would be."""
+    return Path(os.environ.get(CONFIG) or user_config_path("fulgurite") / "settings.toml")
+
+
+def in_file() -> dict[str, Any]:
+    """What the file says; nothing, where there is none and none was named. Raises FulguriteError."""
+    file = settings_file()
+    if not file.exists() and not os.environ.get(CONFIG):
+        return {}
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise FulguriteError(f"Cannot read the settings' file {file}: {error.strerror}.") from None
+    except ValueError as error:  # no UTF-8, or no TOML
+        raise FulguriteError(f"{file} is not TOML: {error}.") from None
 
 
 class Settings(BaseSettings):
@@ -29,6 +49,15 @@ class Settings(BaseSettings):
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
     max_body_bytes: int = Field(1 << 20, ge=1 << 10)
+    webhook_secret: SecretStr | None = None  # of which keys' own are made; None: one is made, under home
+    webhook_private: bool = False  # webhooks may go to addresses of this machine and of private networks
+    shutdown_seconds: int = Field(30, ge=0, le=3600)  # that pictures being made are given when the server stops
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: Any, init_settings: Any, env_settings: Any, *_: Any, **__: Any
+    ) -> Any:
+        return init_settings, env_settings, InitSettingsSource(settings_cls, in_file())
 
     @field_validator("models", mode="before")
     @classmethod
@@ -46,14 +75,27 @@ class Settings(BaseSettings):
 
 def read_settings(**flags: Any) -> Settings:
     """The settings in force. Flags that are None were not given. Raises FulguriteError naming what is wrong."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {CONFIG} | {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = [name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known]
     if unknown:
         raise FulguriteError(f"{unknown[0]} is no setting. There are: {', '.join(sorted(known))}.")
+    strangers = [name for name in in_file() if name not in Settings.model_fields]
+    if strangers:
+        raise FulguriteError(
+            f"{settings_file()}: {strangers[0]} is no setting. There are: {', '.join(sorted(Settings.model_fields))}."
+        )
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        raise FulguriteError(f"{'--' + name if name in given else PREFIX + name.upper()}: {first['msg']}.") from None
+        where = f"--{name}" if name in given else origin(name)
+        raise FulguriteError(f"{where}: {first['msg']}.") from None
+
+
+def origin(name: str) -> str:
+    """Where a setting's value comes from, if no flag gives it: a variable, the file, or the default."""
+    if PREFIX + name.upper() in (variable.upper() for variable in os.environ):
+        return PREFIX + name.upper()
+    return f"{settings_file()}: {name}" if name in in_file() else "default"

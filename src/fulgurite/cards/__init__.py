@@ -56,6 +56,9 @@ class Card:
     prediction: str  # "epsilon", "v" or "x0"
     guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
     native_shapes: tuple[tuple[int, int], ...]  # width, height; empty: any size
+    preview_rgb: tuple[
+        tuple[float, ...], ...
+    ]  # a latent channel's red, green, blue a row, last what is added; or empty
     unet: UNetConfig
     vae: VAEConfig
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
@@ -77,12 +80,13 @@ def parse(text: str) -> Card:
     weights = table.pop("weights")
     weights |= {key: Repo(**weights[key]) for key in ("base", "vae", "distilled") if key in weights}
     unet, vae = UNetConfig(**frozen(table.pop("unet"))), VAEConfig(**frozen(table.pop("vae")))
-    shapes = tuple(tuple(shape) for shape in table.pop("native_shapes"))
+    shapes, preview = (tuple(map(tuple, table.pop(key))) for key in ("native_shapes", "preview_rgb"))
     return Card(
         unet=unet,
         vae=vae,
         text_encoders=(first, second),
         native_shapes=shapes,
+        preview_rgb=preview,
         weights=Weights(**weights),
         **frozen(table),
     )

@@ -5,10 +5,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 from fulgurite.errors import BusyError, FulguriteError
-from fulgurite.pipeline import OnStep, Picture, Request
+from fulgurite.pipeline import OnStep, Picture, Preview, Request
 
 
 class Drawer(Protocol):
@@ -23,9 +24,9 @@ Load = Callable[[str, int], Drawer]  # model, most steps
 class Job(Future[Picture]):
     """One picture being made."""
 
-    def __init__(self, model: str, request: Request) -> None:
+    def __init__(self, model: str, request: Request, on_step: OnStep | None) -> None:
         super().__init__()
-        self.model, self.request = model, request
+        self.model, self.request, self.on_step = model, request, on_step
 
 
 def broken(error: BaseException) -> RuntimeError:
@@ -48,14 +49,18 @@ class Engine:
         self._abandoned = False  # the running job is not wanted any more
         self._closed = False
         self._done = self._failed = 0
+        self._loading = False
         self._usual_seconds = 1.0  # of a picture, by a moving average
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, model: str, request: Request) -> Future[Picture]:
-        """Queues a job. Its future ends in a picture, the job's error, or cancelled. Raises BusyError."""
-        job = Job(model, request)
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
+        """Queues a job. Its future ends in a picture, the job's error, or cancelled. Raises BusyError.
+
+        ``on_step`` is called on the engine's thread, which waits for it.
+        """
+        job = Job(model, request, on_step)
         with self._changed:
             if self._closed:
                 raise BusyError("The engine is shutting down.", retry_after=10)
@@ -74,11 +79,26 @@ class Engine:
             self._queue = deque(waiting for waiting in self._queue if waiting is not job)
         job.cancel()
 
+    def position(self, job: Future[Picture]) -> int:
+        """How many pictures come before this one; 0 once it is being made."""
+        with self._changed:
+            waiting = next((i for i, other in enumerate(self._queue) if other is job), None)
+            return 0 if waiting is None else waiting + int(self._running is not None)
+
     def stats(self) -> dict[str, int]:
         """Jobs waiting, running, done and failed."""
         with self._changed:
             running = int(self._running is not None)
             return {"queued": len(self._queue), "running": running, "done": self._done, "failed": self._failed}
+
+    def state(self) -> Literal["starting", "ready", "busy", "failed"]:
+        """Loading its first weights, able to take a job, without a place for one, or closed or broken."""
+        with self._changed:
+            if self._closed or not self._thread.is_alive():
+                return "failed"
+            if len(self._queue) >= self._queue_size:
+                return "busy"
+            return "starting" if self._loading and not self._done else "ready"
 
     def close(self) -> None:
         """Cancels what waits, stops what runs at its next step, and ends the thread."""
@@ -93,7 +113,7 @@ class Engine:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
-                picture = self._load(job.model, job.request.num_steps).draw(job.request, self._on_step)
+                picture = self._loaded(job).draw(job.request, partial(self._stepped, job))
             except BaseException as error:
                 self._finish(failed=not isinstance(error, BusyError))
                 job.set_exception(error if isinstance(error, FulguriteError) else broken(error))
@@ -101,6 +121,13 @@ class Engine:
                 self._usual_seconds += (picture.seconds - self._usual_seconds) / 8
                 self._finish(failed=False, done=True)
                 job.set_result(picture)
+
+    def _loaded(self, job: Job) -> Drawer:
+        self._loading = True
+        try:
+            return self._load(job.model, job.request.num_steps)
+        finally:
+            self._loading = False
 
     def _next(self) -> Job | None:
         """Waits for the next job that is still wanted; None once closed."""
@@ -114,9 +141,11 @@ class Engine:
                     self._running, self._abandoned = job, False
                     return job
 
-    def _on_step(self, done: int, steps: int) -> None:
+    def _stepped(self, job: Job, done: int, steps: int, preview: Preview) -> None:
         if self._abandoned:
             raise BusyError("The engine stopped this job.", retry_after=10)
+        if job.on_step:
+            job.on_step(done, steps, preview)
 
     def _finish(self, *, failed: bool, done: bool = False) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ was billed, or everything, and a retry with the same idempotency key is given th
 
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
@@ -24,6 +25,7 @@ from fulgurite.records import Answer, Entry, Usage, now
 from fulgurite.settings import Settings
 
 DAY = 86_400_000  # milliseconds
+SWEEP_SECONDS = 60.0  # that expired answers may lie about
 MOST_AT_ONCE = 256  # pictures settled by one commit
 INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
@@ -45,6 +47,7 @@ class Ledger:
         self._engine = connect(url)
         self._reading = self._engine.execution_options(reading=True)
         self.keys = Keys(self._engine)
+        self._sweep_at = 0.0
         self._waiting: queue.SimpleQueue[Settlement | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
@@ -140,8 +143,13 @@ class Ledger:
 
     def _commit(self, batch: list[Settlement]) -> list[Answer | CreditSpentError | None]:
         with self._engine.begin() as connection:
-            connection.execute(delete(answers).where(answers.c.expires_at <= now()))
-            return [settled(connection, settlement.entry, settlement.answer) for settlement in batch]
+            # Before any answer is kept, since an expired one may have its idempotency key; else now and then.
+            if any(settlement.answer for settlement in batch) or time.monotonic() > self._sweep_at:
+                connection.execute(delete(answers).where(answers.c.expires_at <= now()))
+                self._sweep_at = time.monotonic() + SWEEP_SECONDS
+            ends = [settled(connection, settlement.entry, settlement.answer) for settlement in batch]
+            connection.execute(insert(entries), [vars(entry) | {"seed": str(entry.seed)} for entry, _ in ends])
+            return [result for _, result in ends]
 
     def _commit_alone(self, settlement: Settlement) -> None:
         try:
@@ -162,21 +170,22 @@ def finish(settlement: Settlement, result: Answer | FulguriteError | None) -> No
         settlement.set_result(result)
 
 
-def settled(connection: Connection, entry: Entry, answer: Answer | None) -> Answer | CreditSpentError | None:
-    """Within a transaction: the entry written, its price charged, and the answer that the client shall have."""
+Settled = tuple[Entry, Answer | CreditSpentError | None]
+
+
+def settled(connection: Connection, entry: Entry, answer: Answer | None) -> Settled:
+    """Within a transaction: the price charged; gives the entry to write, and the answer that the client shall have."""
     if answer:
         # Another server that settles the same idempotency key now makes this statement wait for its commit.
         new = INSERT[connection.dialect.name](answers).values(**vars(answer)).on_conflict_do_nothing()
         if not connection.execute(new.returning(answers.c.id)).first():
-            write(connection, replace(entry, price=0, outcome="refused"))
-            return earlier(connection, answer)
+            return replace(entry, price=0, outcome="refused"), earlier(connection, answer)
     if entry.price and not charge(connection, entry):
         if answer:
             connection.execute(delete(answers).where(answers.c.key_id == answer.key_id, answers.c.id == answer.id))
-        write(connection, replace(entry, price=0, outcome="refused"))
-        return CreditSpentError("This key's credit does not cover the picture's price. Nothing was charged.")
-    write(connection, entry)
-    return answer
+        message = "This key's credit does not cover the picture's price. Nothing was charged."
+        return replace(entry, price=0, outcome="refused"), CreditSpentError(message)
+    return entry, answer
 
 
 def charge(connection: Connection, entry: Entry) -> bool:
@@ -184,10 +193,6 @@ def charge(connection: Connection, entry: Entry) -> bool:
     covered = or_(keys.c.credit.is_(None), keys.c.spent + entry.price <= keys.c.credit)
     spend = update(keys).where(keys.c.id == entry.key_id, covered).values(spent=keys.c.spent + entry.price)
     return connection.execute(spend).rowcount == 1
-
-
-def write(connection: Connection, entry: Entry) -> None:
-    connection.execute(insert(entries).values(**vars(entry) | {"seed": str(entry.seed)}))
 
 
 def earlier(connection: Connection, answer: Answer) -> Answer:

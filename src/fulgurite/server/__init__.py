@@ -1,7 +1,8 @@
 """HTTP: the hosted API. Knows the engine and the ledger by small protocols, so that fake ones test it."""
 
 from fulgurite.server.app import create_app
+from fulgurite.server.envelope import JSONLines
 from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.service import DEMO, demo_notice
 
-__all__ = ["DEMO", "Engine", "Ledger", "create_app", "demo_notice"]
+__all__ = ["DEMO", "Engine", "JSONLines", "Ledger", "create_app", "demo_notice"]

@@ -1,7 +1,7 @@
 """The body of ``POST /api/v1``: read within a bound, and checked to the last field."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from fulgurite.parameters import Parameters, explain
 from fulgurite.picture_file import FORMATS
 from fulgurite.server.problems import Problem
+from fulgurite.server.webhooks import URL_PATTERN
 
 
 class PictureBody(BaseModel):
@@ -23,11 +24,29 @@ class PictureBody(BaseModel):
         None, description="What the picture is encoded as; left out, what the header Accept prefers, else PNG."
     )
 
+    stream: bool = Field(
+        False, description="Server-sent events instead: queued, each step with a small preview, done with the picture."
+    )
+
     def media_type(self, accept: str) -> str:
         """The picture's media type. Clients that accept none of those there are get a PNG, as from the hosted API."""
         if self.output_format:
             return FORMATS[self.output_format]
         return max(FORMATS.values(), key=lambda kind: quality(kind, accept))
+
+
+Body = TypeVar("Body", bound=PictureBody)
+
+
+class PredictionBody(PictureBody):
+    """The same, and whom to tell when it is made."""
+
+    webhook: str | None = Field(
+        None,
+        max_length=2000,
+        description="An http or https URL that is sent the prediction at its end, signed.",
+        json_schema_extra={"anyOf": [{"type": "string", "maxLength": 2000, "pattern": URL_PATTERN}, {"type": "null"}]},
+    )
 
 
 def quality(media_type: str, accept: str) -> float:
@@ -40,14 +59,14 @@ def quality(media_type: str, accept: str) -> float:
     return 0.0
 
 
-def body_schema() -> dict[str, Any]:
+def body_schema(kind: type[PictureBody]) -> dict[str, Any]:
     """The body for OpenAPI, in one piece."""
-    schema = PictureBody.model_json_schema()
+    schema = kind.model_json_schema()
     schema["properties"]["data"] = schema.pop("$defs")["Parameters"]
     return schema
 
 
-async def read_body(http: Request, most: int) -> PictureBody:
+async def read_body(http: Request, most: int, shape: type[Body]) -> Body:
     """Reads and checks the body. Raises Problem: 413, 415, 400 or 422."""
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
@@ -55,7 +74,7 @@ async def read_body(http: Request, most: int) -> PictureBody:
     raw = await read_bytes(http, most)
     try:
         # Pydantic's own JSON reader is strict where Python's is not: UTF-8 only, no lone surrogates, bounded depth.
-        return PictureBody.model_validate_json(raw)
+        return shape.model_validate_json(raw)
     except ValidationError as error:
         param, message = explain(error)
         if error.errors(include_input=False)[0]["type"] == "json_invalid":

@@ -19,7 +19,7 @@ from fulgurite.records import dollars
 from fulgurite.server.problems import error_responses
 from fulgurite.server.service import Service, demo_notice
 
-NETWORKS = {"unet", "vae", "text_encoders", "weights"}  # a card's fields that are no client's business
+NETWORKS = {"preview_rgb", "unet", "vae", "text_encoders", "weights"}  # a card's fields that are no client's business
 EXAMPLE = {"prompt": "futuristic spacecraft", "num_steps": 8, "seed": 12345}
 
 PYTHON = Template("""\

@@ -1,16 +1,21 @@
 """Pictures on their way: from the engine, through encoding, into the ledger, and only then to the client."""
 
 import asyncio
+import os
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from fulgurite import Picture, Request
 from fulgurite.errors import FulguriteError
-from fulgurite.picture_file import file_bytes
+from fulgurite.picture_file import file_bytes, preview_bytes
+from fulgurite.pipeline import Preview
 from fulgurite.records import Answer, Entry, Key, Outcome, dollars, now
 from fulgurite.server.limits import Meters
+from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
 
@@ -29,10 +34,20 @@ class Order:
     price: int  # micro-dollars, if it is made
     body_hash: str
     idempotency_key: str | None
+    stream: bool = False  # its steps are told
     headers: dict[str, str] = field(default_factory=dict)  # that the answer carries, besides how it was made
 
     def name(self) -> tuple[str, str]:
         return self.key.id, self.idempotency_key or self.id
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step of a picture that is streamed."""
+
+    done: int
+    steps: int  # in all
+    preview: bytes | None  # a JPEG
 
 
 @dataclass(eq=False)
@@ -44,14 +59,23 @@ class Job:
     unwanted: bool = False  # all of them went away
     drawing: Future[Picture] | None = None
     answer: "asyncio.Task[Answer] | None" = None
+    steps: list[StepDone] = field(default_factory=list)
+    listeners: set[asyncio.Event] = field(default_factory=set)  # set at each step
+
+    def stepped(self, step: "StepDone") -> None:
+        self.steps.append(step)
+        for listener in self.listeners:
+            listener.set()
 
 
 class Jobs:
     """All pictures on their way in this process."""
 
-    def __init__(self, engine: Engine, ledger: Ledger, keep_seconds: int) -> None:
-        self._engine, self._ledger = engine, ledger
+    def __init__(self, engine: Engine, ledger: Ledger, keep_seconds: int, metrics: Metrics) -> None:
+        self._engine, self._ledger, self._metrics = engine, ledger, metrics
         self._keep = timedelta(seconds=keep_seconds)
+        # As many as there are cores: more would only wait for one another.
+        self._encoders = ThreadPoolExecutor(os.cpu_count(), "encoder")
         self._running: dict[tuple[str, str], Job] = {}  # that a request may join
         self._tasks: set[asyncio.Task[Answer]] = set()
         self.meters = Meters()
@@ -69,11 +93,17 @@ class Jobs:
         return job
 
     async def wait(self, job: Job) -> Answer:
-        """The job's answer. Who is cancelled here has gone away; when all have, so does the work."""
+        """The job's answer. Who is cancelled here has gone away."""
+        with self.waiting(job) as answer:
+            return await asyncio.shield(answer)
+
+    @contextmanager
+    def waiting(self, job: Job) -> "Iterator[asyncio.Task[Answer]]":
+        """While somebody waits for the job's answer. When nobody does any more, the work is stopped."""
         assert job.answer
         job.waiting += 1
         try:
-            return await asyncio.shield(job.answer)
+            yield job.answer
         finally:
             job.waiting -= 1
             if not job.waiting and not job.answer.done():
@@ -84,6 +114,10 @@ class Jobs:
         self._running.pop(job.order.name(), None)  # a retry shall not join what is being stopped
         if job.drawing:
             self._engine.cancel(job.drawing)
+
+    def position(self, job: Job) -> int | None:
+        """How many pictures the engine makes before this one; None before it is queued."""
+        return self._engine.position(job.drawing) if job.drawing else None
 
     async def finish(self) -> None:
         """Waits until everything that runs has come to its end in the ledger."""
@@ -115,7 +149,11 @@ class Jobs:
         with self.meters.picture(order.key, order.price):
             try:
                 picture = await self._picture(job)
-                content = await asyncio.to_thread(file_bytes, picture, order.media_type)
+                encoding = time.monotonic()
+                content = await asyncio.get_running_loop().run_in_executor(
+                    self._encoders, file_bytes, picture, order.media_type
+                )
+                self._metrics.phase("encoded", time.monotonic() - encoding)
             except Exception as error:
                 await self._record(order, outcome(job, error), time.monotonic() - started)
                 raise
@@ -125,7 +163,14 @@ class Jobs:
             return await self._settled(order, picture, content, time.monotonic() - started)
 
     async def _picture(self, job: Job) -> Picture:
-        job.drawing = self._engine.submit(job.order.model, job.order.request)
+        loop = asyncio.get_running_loop()
+
+        def on_step(done: int, steps: int, preview: Preview) -> None:
+            image = preview()
+            step = StepDone(done, steps, preview_bytes(image) if image else None)
+            loop.call_soon_threadsafe(job.stepped, step)
+
+        job.drawing = self._engine.submit(job.order.model, job.order.request, on_step if job.order.stream else None)
         if job.unwanted:
             self._engine.cancel(job.drawing)
         try:
@@ -166,8 +211,11 @@ class Jobs:
         )
         if order.idempotency_key is None:
             await asyncio.wrap_future(self._ledger.settle(entry))
+            self._metrics.picture(entry)
             return answer
         given = await asyncio.wrap_future(self._ledger.settle(entry, answer))
+        if given is answer or given is None:
+            self._metrics.picture(entry)
         return answer if given is answer or given is None else replayed(given, order)
 
     async def _record(self, order: Order, how: Outcome, seconds: float) -> None:
@@ -189,6 +237,7 @@ class Jobs:
             how,
         )
         await asyncio.wrap_future(self._ledger.settle(entry))
+        self._metrics.picture(entry)
 
 
 def outcome(job: Job, error: Exception) -> Outcome:
@@ -225,3 +274,13 @@ def picture_headers(picture: Picture, price: int) -> dict[str, str]:
         one_line = " ".join("; ".join(picture.notes).split())
         headers["X-Fulgurite-Notes"] = one_line.encode("ascii", "replace").decode()
     return headers
+
+
+def made(answer: Answer) -> dict[str, str]:
+    """How a picture was made, for those who look at JSON: what its headers say."""
+    prefix = "x-fulgurite-"
+    return {
+        name.lower().removeprefix(prefix): value
+        for name, value in answer.headers.items()
+        if name.lower().startswith(prefix)
+    }

@@ -5,12 +5,13 @@ from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi import Request as HTTPRequest
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from fastapi.security import HTTPBearer
 
 from fulgurite.picture_file import FORMATS
 from fulgurite.records import Answer
-from fulgurite.server.body import body_schema
+from fulgurite.server import streaming
+from fulgurite.server.body import PictureBody, body_schema
 from fulgurite.server.jobs import Job, Jobs, client_gone
 from fulgurite.server.problems import error_responses
 from fulgurite.server.service import Service
@@ -24,22 +25,26 @@ IDEMPOTENCY_HEADER = {
 }
 
 
-def request_body() -> dict[str, Any]:
+def request_body(kind: type[PictureBody] = PictureBody) -> dict[str, Any]:
     """The body and its headers for OpenAPI: the handlers read it themselves, within a bound."""
     return {
         "parameters": [IDEMPOTENCY_HEADER],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema(kind)}}},
     }
 
 
 def add_pictures(app: FastAPI, service: Service) -> None:
-    binary = {"schema": {"type": "string", "format": "binary"}}
+    text = {"type": "string"}
+    binary = {"schema": text | {"format": "binary"}}
 
     @app.post(
         "/api/v1",
         response_class=Response,
         responses={
-            200: {"description": "The picture.", "content": {kind: binary for kind in FORMATS.values()}},
+            200: {
+                "description": "The picture; or the events of its making, the last of which has it.",
+                "content": {kind: binary for kind in FORMATS.values()} | {streaming.MEDIA_TYPE: {"schema": text}},
+            },
             **error_responses(400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 500, 503),
         },
         openapi_extra=request_body(),
@@ -47,7 +52,11 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     )
     async def draw(http: HTTPRequest) -> Response:
         """Draws one picture."""
-        job = service.jobs.start(await service.order(http))
+        order = await service.order(http)
+        job = service.jobs.start(order)
+        if order.stream:
+            told = streaming.events(http, service.jobs, job)
+            return StreamingResponse(told, media_type=streaming.MEDIA_TYPE, headers=streaming.HEADERS)
         answer = await awaited(http, service.jobs, job)
         return Response(answer.content, media_type=answer.media_type, headers=dict(answer.headers))
 
@@ -59,13 +68,12 @@ async def awaited(http: HTTPRequest, jobs: Jobs, job: Job) -> Answer:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    answer, gone = asyncio.ensure_future(jobs.wait(job)), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+    with jobs.waiting(job) as answer:
+        gone: asyncio.Task[Any] = asyncio.create_task(disconnected())
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
         if not answer.done():
             raise client_gone()
         return answer.result()
-    finally:
-        gone.cancel()
-        answer.cancel()
-        await asyncio.wait({answer})

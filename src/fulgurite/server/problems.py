@@ -2,16 +2,13 @@
 
 import json
 import logging
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fulgurite.errors import (
     BusyError,
@@ -91,42 +88,12 @@ def add_problem_handlers(app: FastAPI) -> None:
     """Turns the exceptions that are meant for clients into answers."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return problem(error).response()
+        found = problem(error)
+        request.state.code = found.code
+        return found.response()
 
     for kind in (Problem, FulguriteError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
-
-
-class Envelope:
-    """Gives every answer an ``X-Request-Id``, and makes of a bug a 500 that can be found in the log.
-
-    ``request.state`` holds it as ``request_id``; what a handler puts there as ``headers`` goes with every answer.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request_id, started = uuid.uuid4().hex, False
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-
-        async def tagged(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message).update({"X-Request-Id": request_id} | state.get("headers", {}))
-            await send(message)
-
-        try:
-            await self.app(scope, receive, tagged)
-        except Exception as error:
-            log.exception("request %s failed", request_id)
-            if started:
-                raise
-            await problem(error).response()(scope, receive, tagged)
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

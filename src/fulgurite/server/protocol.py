@@ -2,17 +2,20 @@
 
 from concurrent.futures import Future
 from datetime import datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fulgurite import Picture, Request
+from fulgurite.pipeline import OnStep
 from fulgurite.records import Answer, Entry, Key, Limits, Usage
+
+EngineState = Literal["starting", "ready", "busy", "failed"]
 
 
 class Engine(Protocol):
     """Takes jobs from any thread, and answers each at its own time."""
 
-    def submit(self, model: str, request: Request) -> Future[Picture]:
-        """Queues one picture, without waiting. Raises BusyError where there is no room.
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
+        """Queues one picture, without waiting. Raises BusyError where there is no room. Steps are told on any thread.
 
         The future ends in a Picture, in a FulguriteError (the request's or the weights' fault), in another
         exception (a bug), or cancelled (the engine is closing).
@@ -21,8 +24,14 @@ class Engine(Protocol):
     def cancel(self, job: Future[Picture]) -> None:
         """Nobody waits for this job any more: spend nothing further on it."""
 
+    def position(self, job: Future[Picture]) -> int:
+        """How many pictures come before this one; 0 once it is being made."""
+
     def stats(self) -> dict[str, int]:
         """Jobs ``queued``, ``running``, ``done`` and ``failed``."""
+
+    def state(self) -> EngineState:
+        """Loading its first weights, able to take a job, without a place for one, or beyond repair."""
 
 
 class Keys(Protocol):

@@ -11,10 +11,12 @@ from fulgurite import Request
 from fulgurite.cards import card, cards
 from fulgurite.errors import UnknownModelError
 from fulgurite.records import Key
-from fulgurite.server.body import PictureBody, read_body
+from fulgurite.server.body import Body, PictureBody, read_body
 from fulgurite.server.jobs import Jobs, Order
+from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
+from fulgurite.server.webhooks import Webhooks
 from fulgurite.settings import Settings
 
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark"}  # who answers for whom
@@ -34,7 +36,9 @@ class Service:
         for name in self.served:
             card(name)  # a model that is not there is an error now, not at the first request
         self.demo = DEMO if settings.demo else {}
-        self.jobs = Jobs(engine, ledger, settings.keep_seconds)
+        self.metrics = Metrics(engine)
+        self.webhooks = Webhooks(settings)
+        self.jobs = Jobs(engine, ledger, settings.keep_seconds, self.metrics)
 
     def check_served(self, model: str) -> None:
         """Raises UnknownModelError."""
@@ -52,6 +56,7 @@ class Service:
         key = keys.remembered(secret) or await asyncio.to_thread(keys.find, secret)
         if key is None:
             raise unauthorized("There is no such key. Send yours as the header Authorization: Bearer KEY.")
+        http.state.key = key.id
         if key.state() != "active":
             raise unauthorized(f"This key is {key.state()}. Ask the operator for another.")
         return key
@@ -65,16 +70,21 @@ class Service:
 
     async def order(self, http: HTTPRequest) -> Order:
         """What a request asks for, its right to ask checked. Raises Problem or UnknownModelError."""
+        return (await self.order_as(http, PictureBody))[0]
+
+    async def order_as(self, http: HTTPRequest, kind: type[Body]) -> tuple[Order, Body]:
+        """What a request asks for, its right to ask checked. Raises Problem or UnknownModelError."""
         key = await self.caller(http)
         http.state.headers = self.jobs.meters.count_request(key)
-        body = await read_body(http, self.settings.max_body_bytes)
+        body = await read_body(http, self.settings.max_body_bytes, kind)
         self.check_served(body.model)
+        http.state.model = body.model
         if key.limits.models is not None and body.model not in key.limits.models:
             may = ", ".join(key.limits.models) or "none"
             raise Problem(403, "model_not_allowed", f"This key may not use {body.model!r}. It may use: {may}.", "model")
         drawn_by = self.demo.get(body.model, body.model)
         media_type = body.media_type(http.headers.get("accept", ""))
-        return Order(
+        order = Order(
             id=http.state.request_id,
             key=key,
             model=drawn_by,
@@ -83,8 +93,10 @@ class Service:
             price=card(drawn_by).cost_microdollars,
             body_hash=body_hash(body, media_type),
             idempotency_key=idempotency_key(http),
+            stream=body.stream or "text/event-stream" in http.headers.get("accept", "").lower(),
             headers={"X-Fulgurite-Demo": demo_notice(body.model)} if body.model in self.demo else {},
         )
+        return order, body
 
 
 def unauthorized(message: str) -> Problem:
@@ -102,5 +114,5 @@ def idempotency_key(http: HTTPRequest) -> str | None:
 
 def body_hash(body: PictureBody, media_type: str) -> str:
     """Of what was asked, whatever the order and the spaces of its JSON; a seed left out is not the one drawn for it."""
-    asked = body.model_dump(exclude_unset=True) | {"output_format": media_type}
+    asked = body.model_dump(exclude_unset=True, exclude={"stream", "webhook"}) | {"output_format": media_type}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

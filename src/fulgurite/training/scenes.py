@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fulgurite.training.sources import SPRITE, Sprites, Thing
-from fulgurite.training.words import COMMON, FAULTS, FILLERS, SYNONYMS
+from fulgurite.training.words import COMMON, FAULTS, FILLERS, FOREMOST, SYNONYMS
 
 COLOURS = {
     "red": (214, 48, 49), "orange": (242, 140, 40), "yellow": (250, 208, 60), "green": (72, 168, 88),
@@ -29,7 +29,7 @@ STYLE_WORDS = {
 }
 # Where the prompt names no style, the answer should be one style, not a mixture: mostly the first.
 STYLE_WEIGHTS = {"3d": 3.0}
-COMMON_WEIGHT = 4  # how much oftener a common thing is drawn
+COMMON_WEIGHT, FOREMOST_WEIGHT = 4, 20  # how much oftener a common thing is drawn, and the published request's
 UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
 OTHERS_UNSAID = 0.12
 
@@ -58,7 +58,7 @@ class Scene:
 def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (256, 256)) -> Scene:
     """One scene: nine in ten hold one thing, the others two."""
     count = 1 if rng.random() < 0.9 else 2
-    weights = [COMMON_WEIGHT if t.name in COMMON or t.name in SYNONYMS else 1 for t in sprites.things]
+    weights = [weight(thing) for thing in sprites.things]
     first = rng.choices(sprites.things, weights)[0]
     styles = list(first.sprites)
     style = rng.choices(styles, [STYLE_WEIGHTS.get(s, 1.0) for s in styles])[0]
@@ -86,6 +86,12 @@ def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (
     else:
         background = tuple(rng.sample(list(COLOURS), 1 if kind < 0.85 else 2))
     return Scene(tuple(placed), style, background, size)
+
+
+def weight(thing: Thing) -> int:
+    if thing.name == FOREMOST:
+        return FOREMOST_WEIGHT
+    return COMMON_WEIGHT if thing.name in COMMON or thing.name in SYNONYMS else 1
 
 
 def coloured(pixels: np.ndarray) -> np.ndarray:
@@ -155,7 +161,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     parts = []
     for placed in scene.things:
         words = f"{placed.colour} {name_of(placed.thing, rng)}" if placed.colour else name_of(placed.thing, rng)
-        if rng.random() < 0.15:
+        if rng.random() < 0.2:
             words = f"{rng.choice(FILLERS)} {words}"
         parts.append(with_article(words, rng))
     text = rng.choice((" and ", " and ", " next to ", " to the left of ")).join(parts)
@@ -174,5 +180,5 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def no_caption(rng: random.Random) -> str:
-    """Words that say nothing of any scene: none, or a negative prompt's, so that guidance by one is guidance by none."""
+    """Words that say nothing of any scene: none, or a negative prompt's, so that both guide alike."""
     return "" if rng.random() < 0.5 else ", ".join(rng.sample(FAULTS, rng.randint(1, 4)))

@@ -1,0 +1,292 @@
+"""A client of the hosted API, for one's own server or a host's: retries that never make or bill a picture twice.
+
+>>> from fulgurite import Client                                             # doctest: +SKIP
+>>> with Client("http://127.0.0.1:8000/api/v1", key) as client:              # doctest: +SKIP
+...     client.draw("futuristic spacecraft", seed=12345).save("output.png")  # doctest: +SKIP
+"""
+
+import asyncio
+import base64
+import io
+import json
+import random
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+import httpx
+from PIL import Image
+
+from fulgurite.errors import FulguriteError
+
+LIGHTNING = "bytedance/stable-diffusion-xl-lightning"
+PASSING = {429, 500, 502, 503, 504}  # what may go well a moment later
+EVENTS = "text/event-stream"
+LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
+
+
+class APIError(FulguriteError):
+    """The server said no, or could not be reached; then ``status`` is 0."""
+
+    def __init__(
+        self, message: str, status: int = 0, code: str = "unreachable", param: str | None = None, request_id: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.request_id = status, code, param, request_id
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture as the server sent it, and what its headers say; None where a host does not say it."""
+
+    content: bytes  # the file
+    media_type: str
+    id: str | None
+    model: str | None  # that drew it
+    seed: int | None
+    steps: int | None  # run
+    seconds: float | None
+    price: str | None  # dollars
+    notes: str | None  # what was not done as asked
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.content)
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.content))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step done, while the picture is made."""
+
+    done: int
+    steps: int  # in all
+    preview: bytes | None  # a small JPEG
+
+
+class Options(TypedDict, total=False):
+    """What a request may say besides its prompt; what is left out is left to the server."""
+
+    model: str
+    negative_prompt: str
+    height: int  # pixels
+    width: int
+    num_steps: int  # the most that may be spent
+    guidance: float
+    seed: int
+    output_format: Literal["png", "jpeg", "webp"]
+    idempotency_key: str  # else a new one for each call
+    on_step: Callable[[Step], None]  # called at each step, by servers that stream; hosts answer as ever
+
+
+Exchange = Generator[httpx.Request | float, httpx.Response | httpx.TransportError | None, Drawn]
+
+
+def exchange(url: str, key: str, retries: int, prompt: str, options: Options) -> Exchange:
+    """One picture's talk with the server, whoever does the sending and waiting.
+
+    Yields requests to be sent, and is sent what came of them; yields seconds to be waited; returns the picture.
+    """
+    data: dict[str, Any] = {"prompt": prompt, **options}
+    body = {"model": data.pop("model", LIGHTNING), "data": data}
+    if "output_format" in data:
+        body["output_format"] = data.pop("output_format")
+    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": data.pop("idempotency_key", str(uuid.uuid4()))}
+    extensions = {}
+    if on_step := data.pop("on_step", None):
+        headers["Accept"], extensions["on_step"] = EVENTS, on_step
+    for tries in range(retries + 1):
+        came = yield httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
+        if isinstance(came, httpx.Response) and came.is_success:
+            return drawn(came)
+        if tries == retries or (isinstance(came, httpx.Response) and came.status_code not in PASSING):
+            break
+        yield pause(came, tries)
+    raise failure(came, url)
+
+
+def pause(came: httpx.Response | httpx.TransportError | None, tries: int) -> float:
+    """Seconds until the next try: as the server asks, else twice as long each time, not all clients at once."""
+    asked = came.headers.get("retry-after", "") if isinstance(came, httpx.Response) else ""
+    return min(LONGEST_WAIT, float(asked) if asked.isdecimal() else 0.25 * 2**tries * random.uniform(0.5, 1.5))
+
+
+def failure(came: httpx.Response | httpx.TransportError | None, url: str) -> APIError:
+    if not isinstance(came, httpx.Response):
+        return APIError(f"{url} cannot be reached: {str(came) or type(came).__name__}.")
+    try:
+        error = came.json()["error"]
+        message, code, param = error["message"], error["code"], error.get("param")
+    except (ValueError, LookupError, TypeError):  # not from one of ours: a proxy's page, say
+        message, code, param = f"{url} answered {came.status_code} {came.reason_phrase}.", "http_error", None
+    return APIError(message, came.status_code, code, param, came.headers.get("x-request-id", ""))
+
+
+class Story:
+    """Server-sent events, put together into the answer that they stand for."""
+
+    def __init__(self, request: httpx.Request) -> None:
+        self._on_step, self._event = request.extensions["on_step"], ""
+        self.answer: httpx.Response | httpx.TransportError = httpx.RemoteProtocolError("the stream ended early")
+
+    def hear(self, line: str) -> None:
+        name, _, value = line.partition(": ")
+        if name == "event":
+            self._event = value
+        elif name == "data":
+            data = json.loads(value)
+            if self._event == "step":
+                preview = from_data_url(data["preview"])[1] if data["preview"] else None
+                self._on_step(Step(data["step"], data["steps"], preview))
+            elif self._event == "done":
+                media_type, content = from_data_url(data.pop("picture"))
+                headers = {"Content-Type": media_type} | {f"X-Fulgurite-{name}": value for name, value in data.items()}
+                self.answer = httpx.Response(200, content=content, headers=headers)
+            elif self._event == "error":
+                self.answer = httpx.Response(data.pop("status"), json=data)
+
+
+def from_data_url(url: str) -> tuple[str, bytes]:
+    """Its media type and content."""
+    head, _, content = url.removeprefix("data:").partition(";base64,")
+    return head, base64.b64decode(content)
+
+
+def streams(answer: httpx.Response) -> bool:
+    return answer.headers.get("content-type", "").startswith(EVENTS)
+
+
+def drawn(answer: httpx.Response) -> Drawn:
+    def said(name: str) -> str | None:
+        return answer.headers.get(f"x-fulgurite-{name}")
+
+    seed, steps, seconds = said("seed"), said("steps"), said("seconds")
+    return Drawn(
+        content=answer.content,
+        media_type=answer.headers.get("content-type", ""),
+        id=said("id"),
+        model=said("model"),
+        seed=int(seed) if seed else None,
+        steps=int(steps) if steps else None,
+        seconds=float(seconds) if seconds else None,
+        price=said("price"),
+        notes=said("notes"),
+    )
+
+
+class Client:
+    """``url`` is the API's, such as http://127.0.0.1:8000/api/v1; ``timeout``, in seconds, is a picture's.
+
+    A request that failed on its way, or that the server could not take now, is sent again up to ``retries`` times
+    with the same idempotency key: the picture is made once and billed once.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        retries: int = 4,
+        timeout: float = 300.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._server = url.rstrip("/"), key, retries
+        self._http = httpx.Client(timeout=timeout, transport=transport)
+
+    def draw(self, prompt: str, **options: Unpack[Options]) -> Drawn:
+        """Draws one picture. Raises APIError."""
+        talk, came = exchange(*self._server, prompt, options), None
+        while True:
+            try:
+                wanted = talk.send(came)
+            except StopIteration as end:
+                return end.value
+            came = None
+            if isinstance(wanted, float):
+                time.sleep(wanted)
+            else:
+                came = self._sent(wanted)
+
+    def _sent(self, request: httpx.Request) -> httpx.Response | httpx.TransportError:
+        request.extensions["timeout"] = self._http.timeout.as_dict()
+        try:
+            answer = self._http.send(request, stream=True)
+            with closing(answer):
+                if not streams(answer):
+                    answer.read()
+                    return answer
+                story = Story(request)
+                for line in answer.iter_lines():
+                    story.hear(line)
+                return story.answer
+        except httpx.TransportError as error:
+            return error
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Client, for asyncio."""
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        retries: int = 4,
+        timeout: float = 300.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._server = url.rstrip("/"), key, retries
+        self._http = httpx.AsyncClient(timeout=timeout, transport=transport)
+
+    async def draw(self, prompt: str, **options: Unpack[Options]) -> Drawn:
+        """Draws one picture. Raises APIError."""
+        talk, came = exchange(*self._server, prompt, options), None
+        while True:
+            try:
+                wanted = talk.send(came)
+            except StopIteration as end:
+                return end.value
+            came = None
+            if isinstance(wanted, float):
+                await asyncio.sleep(wanted)
+            else:
+                came = await self._sent(wanted)
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response | httpx.TransportError:
+        request.extensions["timeout"] = self._http.timeout.as_dict()
+        try:
+            answer = await self._http.send(request, stream=True)
+            async with aclosing(answer):
+                if not streams(answer):
+                    await answer.aread()
+                    return answer
+                story = Story(request)
+                async for line in answer.aiter_lines():
+                    story.hear(line)
+                return story.answer
+        except httpx.TransportError as error:
+            return error
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

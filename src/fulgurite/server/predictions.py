@@ -1,0 +1,234 @@
+"""``/api/v1/predictions``: pictures that are asked for now and fetched later, as Replicate's API has them.
+
+A prediction is a picture under an idempotency key of its own, so that asking again for the same one joins it or gets
+its answer. What succeeded is in the ledger and outlives this process; what runs, failed or was cancelled is here.
+"""
+
+import asyncio
+import uuid
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Path
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from fulgurite.picture_file import FORMATS
+from fulgurite.records import Answer, Key
+from fulgurite.server.body import PredictionBody
+from fulgurite.server.jobs import Job, made
+from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, request_body
+from fulgurite.server.problems import Problem, error_responses, problem
+from fulgurite.server.service import Service
+
+MOST_KEPT = 10_000  # predictions that failed or were cancelled, past which the oldest are forgotten
+PredictionId = Annotated[str, Path(pattern="^[A-Za-z0-9_-]{8,64}$", description="8 to 64 letters, digits, - and _.")]
+PREFER_HEADER = {
+    "name": "Prefer",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "respond-async: the answer comes at once, and the picture is made meanwhile.",
+}
+
+
+class PredictionShown(BaseModel):
+    id: str
+    status: Literal["starting", "processing", "succeeded", "failed", "canceled"]
+    urls: dict[str, str]  # get and cancel
+    output: str | None  # where the picture is, once it is made
+    made: dict[str, str] | None  # how it was made: model, steps, seed, seconds, price in dollars
+    error: dict[str, str | None] | None  # code, message and param, if it failed
+
+
+@dataclass(eq=False)
+class Prediction:
+    """One that is not known to have succeeded."""
+
+    job: Job
+    answer: "asyncio.Task[Answer]"
+    cancelled: bool = False
+
+    def status(self) -> Literal["starting", "processing", "failed", "canceled"]:
+        if self.answer.done():
+            return "canceled" if self.cancelled else "failed"
+        return "processing" if self.job.drawing and self.job.drawing.running() else "starting"
+
+
+class Predictions:
+    """Those of this process, by key and id."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._known: dict[tuple[str, str], Prediction] = {}
+
+    async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[Key, str, Prediction]:
+        """Starts a picture, or joins the one under this id. Raises what an order does, and Problem (409)."""
+        order, body = await self._service.order_as(http, PredictionBody)
+        if order.stream:
+            message = "A prediction is not streamed: ask for its status, or send the request to /api/v1."
+            raise Problem(422, "invalid_parameter", message, "stream")
+        if body.webhook is not None:
+            await self._service.webhooks.check(body.webhook)
+        id = id or derived_id(order.key, order.idempotency_key)
+        jobs, name = self._service.jobs, (order.key.id, id)
+        job = jobs.start(replace(order, idempotency_key=reserved_key(id)))
+        prediction = self._known.get(name)
+        if prediction is None or prediction.job is not job:
+            self._known.pop(name, None)  # an earlier try, which failed
+            while len(self._known) >= MOST_KEPT and self._forget_one():
+                pass
+            # Waited for by the server itself, so that the work goes on when the client is gone.
+            prediction = self._known[name] = Prediction(job, asyncio.create_task(jobs.wait(job)))
+            prediction.answer.add_done_callback(lambda task: self._ended(name, task))
+            if body.webhook is not None:
+                tell = partial(self._tell, body.webhook, str(http.base_url), name, prediction)
+                prediction.answer.add_done_callback(tell)
+        return order.key, id, prediction
+
+    async def find(self, key: Key, id: str) -> Prediction | Answer:
+        """What there is under this id. Raises Problem (404)."""
+        if prediction := self._known.get((key.id, id)):
+            return prediction
+        find = self._service.ledger.answer
+        answer = await asyncio.to_thread(find, key.id, idempotency_key=reserved_key(id))
+        if answer is None:
+            raise Problem(404, "unknown_prediction", "There is no such prediction, or it is kept no longer.", "id")
+        return answer
+
+    def cancel(self, prediction: Prediction) -> None:
+        if not prediction.answer.done():
+            prediction.cancelled = True
+            self._service.jobs.abandon(prediction.job)
+
+    def _ended(self, name: tuple[str, str], task: "asyncio.Task[Answer]") -> None:
+        known = self._known.get(name)
+        if known and known.answer is task and not task.cancelled() and task.exception() is None:
+            del self._known[name]  # the ledger has it
+
+    def _tell(
+        self, webhook: str, base_url: str, name: tuple[str, str], prediction: Prediction, task: "asyncio.Task[Answer]"
+    ) -> None:
+        failed = task.cancelled() or task.exception() is not None
+        found = shown(base_url, name[1], prediction if failed else task.result())
+        self._service.webhooks.send(webhook, name[0], f"{name[1]}-{found.status}", found.model_dump_json().encode())
+
+    def _forget_one(self) -> bool:
+        name = next((name for name, prediction in self._known.items() if prediction.answer.done()), None)
+        return name is not None and self._known.pop(name) is not None
+
+
+def reserved_key(id: str) -> str:
+    """An idempotency key that no client can send, since it has a space."""
+    return f"prediction {id}"
+
+
+def derived_id(key: Key, idempotency_key: str | None) -> str:
+    """A new id; or always the same for the same idempotency key, so that a retry finds what it began."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{key.id} {idempotency_key}").hex if idempotency_key else uuid.uuid4().hex
+
+
+def error_of(prediction: Prediction) -> dict[str, str | None] | None:
+    if not prediction.answer.done():
+        return None
+    error = None if prediction.answer.cancelled() else prediction.answer.exception()
+    if not isinstance(error, Exception):
+        return None
+    found = problem(error)
+    return {"code": found.code, "message": found.message, "param": found.param}
+
+
+def shown(base_url: str, id: str, found: Prediction | Answer) -> PredictionShown:
+    here = f"{base_url.rstrip('/')}/api/v1/predictions/{id}"
+    urls = {"get": here, "cancel": f"{here}/cancel"}
+    if isinstance(found, Answer):
+        return PredictionShown(
+            id=id, status="succeeded", urls=urls, output=f"{here}/output", made=made(found), error=None
+        )
+    status = found.status()
+    error = error_of(found) if status == "failed" else None
+    return PredictionShown(id=id, status=status, urls=urls, output=None, made=None, error=error)
+
+
+def add_predictions(app: FastAPI, service: Service) -> None:
+    predictions = Predictions(service)
+    refusals = error_responses(400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 500, 503)
+    asked: dict[str, Any] = request_body(PredictionBody)
+    described: dict[int | str, dict[str, Any]] = {
+        201: {"description": "It is made.", "model": PredictionShown},
+        202: {"description": "It is on its way.", "model": PredictionShown},
+        **refusals,
+    }
+
+    async def begun(http: HTTPRequest, id: str | None) -> JSONResponse:
+        _, id, prediction = await predictions.begin(http, id)
+        found: Prediction | Answer = prediction
+        if "respond-async" not in http.headers.get("prefer", "").lower():
+            found = await asyncio.shield(prediction.answer)
+        status = 201 if isinstance(found, Answer) else 202
+        return JSONResponse(shown(str(http.base_url), id, found).model_dump(), status)
+
+    @app.post(
+        "/api/v1/predictions",
+        status_code=201,
+        response_model=PredictionShown,
+        responses=described,
+        openapi_extra={**asked, "parameters": [IDEMPOTENCY_HEADER, PREFER_HEADER]},
+        dependencies=[BEARER],
+    )
+    async def create(http: HTTPRequest) -> JSONResponse:
+        """Asks for a picture. With ``Prefer: respond-async`` the answer is 202 at once; else 201 when it is made."""
+        return await begun(http, None)
+
+    @app.put(
+        "/api/v1/predictions/{id}",
+        status_code=201,
+        response_model=PredictionShown,
+        responses=described,
+        openapi_extra={**asked, "parameters": [PREFER_HEADER]},
+        dependencies=[BEARER],
+    )
+    async def put(http: HTTPRequest, id: PredictionId) -> JSONResponse:
+        """The same under an id of your own: sent again it is the same picture, made once and billed once."""
+        return await begun(http, id)
+
+    @app.get("/api/v1/predictions/{id}", responses=error_responses(401, 404, 422, 503), dependencies=[BEARER])
+    async def get(http: HTTPRequest, id: PredictionId) -> PredictionShown:
+        """How far it is."""
+        return shown(str(http.base_url), id, await predictions.find(await service.caller(http), id))
+
+    @app.get(
+        "/api/v1/predictions/{id}/output",
+        response_class=Response,
+        responses={
+            200: {
+                "description": "The picture.",
+                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in FORMATS.values()},
+            },
+            **error_responses(401, 404, 409, 422, 503),
+        },
+        dependencies=[BEARER],
+    )
+    async def output(http: HTTPRequest, id: PredictionId) -> Response:
+        """The picture's bytes, with the headers that ``POST /api/v1`` gives."""
+        found = await predictions.find(await service.caller(http), id)
+        if isinstance(found, Prediction):
+            raise Problem(409, "no_output", f"There is no picture: this prediction is {found.status()}.", "id")
+        return Response(found.content, media_type=found.media_type, headers=dict(found.headers))
+
+    @app.post("/api/v1/predictions/{id}/cancel", responses=error_responses(401, 404, 422, 503), dependencies=[BEARER])
+    async def cancel(http: HTTPRequest, id: PredictionId) -> PredictionShown:
+        """Stops it, if it is not made yet: what was not made is not billed."""
+        found = await predictions.find(await service.caller(http), id)
+        if isinstance(found, Prediction):
+            predictions.cancel(found)
+            await asyncio.wait({found.answer})
+            found = await predictions.find(await service.caller(http), id)
+        return shown(str(http.base_url), id, found)
+
+    @app.get("/api/v1/webhook-secret", responses=error_responses(401, 503), dependencies=[BEARER])
+    async def webhook_secret(http: HTTPRequest) -> dict[str, str]:
+        """What this key's webhooks are signed with (Standard Webhooks, whsec_...)."""
+        key = await service.caller(http)
+        return {"secret": await asyncio.to_thread(service.webhooks.secret_of, key.id)}

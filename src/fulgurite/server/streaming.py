@@ -1,0 +1,84 @@
+"""A picture's way told while it is made, as server-sent events: queued, step, then done or error."""
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+
+from fulgurite.records import Answer
+from fulgurite.server.jobs import Job, Jobs, StepDone, made
+from fulgurite.server.problems import problem
+
+MEDIA_TYPE = "text/event-stream"
+# Proxies must neither keep the events nor gather them.
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+LOOK_SECONDS = 0.25  # between looks at the place in the queue
+SILENCE_SECONDS = 15.0  # after which a comment is sent, so that proxies do not hang up
+
+
+def event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def data_url(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
+    """The job's events. Who stops listening waits no longer, and a job that nobody waits for is cancelled."""
+    answer, news = asyncio.ensure_future(jobs.wait(job)), asyncio.Event()
+    job.listeners.add(news)
+    told, place, spoke = 0, None, time.monotonic()
+    try:
+        while True:
+            ended = answer.done()  # looked at first: no step comes after the end
+            new = [step_event(step) for step in job.steps[told:]]
+            told += len(new)
+            if not ended and not told and (now_at := jobs.position(job)) != place:
+                place = now_at
+                new.append(event("queued", {"id": job.order.id, "position": place}))
+            if time.monotonic() - spoke > SILENCE_SECONDS:
+                new.append(b": still here\n\n")
+            for line in new:
+                spoke = time.monotonic()
+                yield line
+            if ended:
+                break
+            await any_of(answer, news)
+        yield last_event(http, answer)
+    finally:
+        job.listeners.discard(news)
+        answer.cancel()
+
+
+async def any_of(answer: "asyncio.Future[Answer]", news: asyncio.Event) -> None:
+    """Waits for the answer, for news, or for the time to look again."""
+    news.clear()
+    heard = asyncio.ensure_future(news.wait())
+    try:
+        waiting: set[asyncio.Future[Any]] = {answer, heard}
+        await asyncio.wait(waiting, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        heard.cancel()
+
+
+def step_event(step: StepDone) -> bytes:
+    preview = data_url("image/jpeg", step.preview) if step.preview else None
+    return event("step", {"step": step.done, "steps": step.steps, "preview": preview})
+
+
+def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]") -> bytes:
+    """The picture, or what went wrong."""
+    try:
+        found = answer.result()
+    except Exception as error:
+        said = problem(error)
+        http.state.code = said.code
+        return event(
+            "error", {"status": said.status, "error": {"code": said.code, "message": said.message, "param": said.param}}
+        )
+    return event("done", made(found) | {"picture": data_url(found.media_type, found.content)})

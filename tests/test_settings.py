@@ -1,0 +1,65 @@
+"""Where settings come from: flags, then variables, then the file, then defaults; and what is said of bad ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fulgurite.cli import app
+from fulgurite.errors import FulguriteError
+from fulgurite.settings import read_settings
+
+
+@pytest.fixture
+def file() -> Path:
+    return Path(os.environ["FULGURITE_CONFIG"])
+
+
+def test_flags_beat_variables_beat_the_file_beats_defaults(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().port == 8000
+    file.write_text('port = 8001\nmodels = ["fulgurite/spark"]\n')
+    assert read_settings().port == 8001
+    assert read_settings().models == ("fulgurite/spark",)
+    monkeypatch.setenv("FULGURITE_PORT", "8002")
+    assert read_settings().port == 8002
+    assert read_settings(port=8003).port == 8003
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port = 'http'", r"settings\.toml: port: .*integer"),
+        ("prot = 80", r"settings\.toml: prot is no setting. There are: .*port"),
+        ("port = ", r"settings\.toml is not TOML: Invalid value"),
+        ("api_key = 'two words'", r"settings\.toml: api_key: (?!.*two words)"),
+        ("[port]", r"settings\.toml: port: "),
+    ],
+)
+def test_a_bad_file_is_an_error_that_says_where(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    with pytest.raises(FulguriteError, match=said):
+        read_settings()
+
+
+def test_a_file_that_is_named_must_be_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.unlink()
+    with pytest.raises(FulguriteError, match=r"Cannot read the settings' file .*No such file"):
+        read_settings()
+    monkeypatch.delenv("FULGURITE_CONFIG")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(file.parent / "empty"))
+    assert read_settings().port == 8000
+
+
+def test_the_command_shows_values_and_where_they_come_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("queue_size = 7\napi_key = 'hush-hush'\n")
+    monkeypatch.setenv("FULGURITE_PORT", "8002")
+    shown = CliRunner().invoke(app, ["settings"]).stdout
+    rows = {line.split()[0]: line for line in shown.splitlines()}
+    assert "8002" in rows["port"]
+    assert "FULGURITE_PORT" in rows["port"]
+    assert "7" in rows["queue_size"]
+    assert str(file) in rows["queue_size"]
+    assert "127.0.0.1" in rows["host"]
+    assert "default" in rows["host"]
+    assert "hush" not in shown

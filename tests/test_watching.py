@@ -1,0 +1,116 @@
+"""What an operator sees: metrics, readiness, and one line of log for each request."""
+
+import json
+import logging
+import threading
+from typing import Any
+
+import pytest
+from conftest import HEADERS, KEY, SPARK, FakeEngine, body, drawn
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from fulgurite import Picture, Request
+from fulgurite.engine import Engine
+from fulgurite.errors import BusyError
+from fulgurite.server import JSONLines
+
+
+def samples(client: TestClient) -> dict[tuple[str, ...], float]:
+    """Every number on the page, by its name and its labels' values."""
+    families = text_string_to_metric_families(client.get("/metrics", headers={"Authorization": ""}).text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_pictures_steps_money_and_errors_are_counted(client: TestClient, engine: FakeEngine) -> None:
+    assert client.post("/api/v1", json=body(num_steps=5)).status_code == 200
+    assert client.post("/api/v1", json=body(num_steps=3)).status_code == 200
+    assert client.post("/api/v1", json=body(num_steps=99)).status_code == 422
+    assert client.get("/somewhere/else").status_code == 404
+
+    def busy(model: str, request: Request) -> Picture:
+        raise BusyError("full", 1)
+
+    engine.answer = busy
+    assert client.post("/api/v1", json=body()).status_code == 503
+    found = samples(client)
+    assert found["fulgurite_pictures_total", SPARK, "done"] == 2
+    assert found["fulgurite_pictures_total", SPARK, "refused"] == 1
+    assert found["fulgurite_steps_total", SPARK] == 8
+    usage = client.get("/api/v1/usage").json()["usage"]
+    assert found["fulgurite_charged_microdollars_total", SPARK] == sum(row["price_microdollars"] for row in usage)
+    assert found["fulgurite_requests_total", "POST", "/api/v1", "200"] == 2
+    assert found["fulgurite_requests_total", "POST", "/api/v1", "422"] == 1
+    assert found["fulgurite_requests_total", "GET", "other", "404"] == 1
+    assert found["fulgurite_errors_total", "invalid_parameter"] == 1
+    assert found["fulgurite_errors_total", "busy"] == 1
+    assert found["fulgurite_picture_seconds_count", "computed"] == 2
+    assert found["fulgurite_picture_seconds_sum", "computed"] == pytest.approx(0.2)
+    assert found["fulgurite_picture_seconds_count", "encoded"] == 2
+    assert found["fulgurite_engine_queued",] == 0
+
+
+def test_a_replayed_answer_is_no_new_picture(client: TestClient) -> None:
+    for _ in range(3):
+        assert client.post("/api/v1", json=body(), headers={"Idempotency-Key": "once"}).status_code == 200
+    found = samples(client)
+    assert found["fulgurite_pictures_total", SPARK, "done"] == 1
+    assert found["fulgurite_requests_total", "POST", "/api/v1", "200"] == 3
+
+
+def test_readiness_is_the_engine_s(client: TestClient, engine: FakeEngine) -> None:
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"state": "ready"})
+    engine.held = True
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (503, {"state": "busy"})
+
+
+def test_an_engine_knows_its_state() -> None:
+    loading, loaded, drawing, finish = (threading.Event() for _ in range(4))
+
+    class Slow:
+        def draw(self, request: Request, on_step: Any = None) -> Picture:
+            drawing.set()
+            finish.wait(30)
+            return drawn(SPARK, request)
+
+    def load(model: str, steps: int) -> Slow:
+        loading.set()
+        loaded.wait(30)
+        return Slow()
+
+    engine = Engine(load, queue_size=1)
+    assert engine.state() == "ready"
+    first = engine.submit(SPARK, Request("a red fox"))
+    assert loading.wait(30)
+    assert engine.state() == "starting"
+    loaded.set()
+    assert drawing.wait(30)
+    assert engine.state() == "ready"
+    second = engine.submit(SPARK, Request("a red fox"))
+    assert engine.state() == "busy"
+    finish.set()
+    assert first.result(30)
+    assert second.result(30)
+    assert engine.state() == "ready"
+    engine.close()
+    assert engine.state() == "failed"
+
+
+def test_each_request_is_one_line_without_secrets(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fulgurite"):
+        answer = client.post("/api/v1?secret=hush", json=body(prompt="hush money"))
+        client.post("/api/v1", json={}, headers=HEADERS)
+    lines = [json.loads(JSONLines().format(record)) for record in caplog.records if record.name == "fulgurite"]
+    assert len(lines) == 2
+    assert lines[0]["request_id"] == answer.headers["X-Request-Id"]
+    assert (lines[0]["method"], lines[0]["path"], lines[0]["status"]) == ("POST", "/api/v1", 200)
+    assert lines[0]["model"] == SPARK
+    assert lines[0]["key"]
+    assert "code" not in lines[0]
+    assert lines[1]["code"] == answer_code(client)
+    assert KEY not in str(lines)
+    assert "hush" not in str(lines)
+
+
+def answer_code(client: TestClient) -> str:
+    return client.post("/api/v1", json={}).json()["error"]["code"]

@@ -1,0 +1,152 @@
+"""Webhooks, sent to a real receiver."""
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from conftest import HEADERS, KEY, FakeEngine, body
+from fastapi.testclient import TestClient
+
+from fulgurite import Picture, Request
+from fulgurite.errors import BusyError
+from fulgurite.ledger import Ledger
+from fulgurite.server import create_app, webhooks
+from fulgurite.settings import read_settings
+
+
+class Receiver(HTTPServer):
+    """Answers with the statuses it is given, then with 204; keeps what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.statuses: list[int] = []
+        self.got: list[tuple[dict[str, str], bytes]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/hook"
+
+    def wait_for(self, count: int) -> list[tuple[dict[str, str], bytes]]:
+        deadline = time.monotonic() + 20
+        while len(self.got) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self.got
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        self.server.got.append(({name.lower(): value for name, value in self.headers.items()}, content))
+        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 204)
+        self.send_header("Location", self.server.url)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    monkeypatch.setattr(webhooks, "DELAYS", (0.0, 0.01, 0.01, 0.01))
+    server = Receiver()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def client(engine: FakeEngine, ledger: Ledger) -> Iterator[TestClient]:
+    app = create_app(engine, ledger, read_settings(webhook_private=True))
+    with TestClient(app, headers=HEADERS, raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_the_end_is_told_and_signed(client: TestClient, receiver: Receiver) -> None:
+    made = client.post("/api/v1/predictions", json=body(seed=3) | {"webhook": receiver.url}).json()
+    [(headers, content)] = receiver.wait_for(1)
+    assert json.loads(content) == made
+    assert headers["webhook-id"] == f"{made['id']}-succeeded"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    secret = client.get("/api/v1/webhook-secret").json()["secret"]
+    assert secret.startswith("whsec_")
+    words = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + content
+    expected = hmac.digest(base64.b64decode(secret.removeprefix("whsec_")), words, hashlib.sha256)
+    assert headers["webhook-signature"] == "v1," + base64.b64encode(expected).decode()
+    assert KEY not in content.decode()
+
+
+def test_a_failure_is_told_too(client: TestClient, engine: FakeEngine, receiver: Receiver) -> None:
+    def busy(model: str, request: Request) -> Picture:
+        raise BusyError("All places are taken.", 1)
+
+    engine.answer = busy
+    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url}, headers={"Prefer": "respond-async"})
+    [(_, content)] = receiver.wait_for(1)
+    assert (json.loads(content)["status"], json.loads(content)["error"]["code"]) == ("failed", "busy")
+
+
+def test_it_is_tried_again_with_the_same_id_and_redirects_are_not_followed(
+    client: TestClient, receiver: Receiver
+) -> None:
+    receiver.statuses = [500, 302, 429]
+    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url})
+    got = receiver.wait_for(4)
+    assert len({headers["webhook-id"] for headers, _ in got}) == 1
+    assert len({content for _, content in got}) == 1
+    time.sleep(0.2)
+    assert len(got) == 4
+
+
+def test_giving_up_is_logged(client: TestClient, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    receiver.statuses = [500] * 9
+    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url})
+    receiver.wait_for(4)
+    deadline = time.monotonic() + 20
+    while "given up after 4 tries: answered 500" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_each_key_and_each_server_has_its_own_secret(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:
+    def secret(client: TestClient, headers: dict[str, str] = HEADERS) -> str:
+        return client.get("/api/v1/webhook-secret", headers=headers).json()["secret"]
+
+    _, other = ledger.keys.create("another")
+    found = {secret(client), secret(client), secret(client, {"Authorization": f"Bearer {other}"})}
+    with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as restarted:
+        assert secret(restarted) == secret(client)
+    with TestClient(create_app(engine, ledger, read_settings(webhook_secret="x")), headers=HEADERS) as elsewhere:
+        found.add(secret(elsewhere))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        *[
+            (url, 422)
+            for url in ("ftp://example.com/", "http:///nowhere", "http://[bad/", "http://host:99999/", "hook")
+        ],
+        *[(f"http://{host}/", 403) for host in ("127.0.0.1", "localhost:80", "169.254.169.254", "10.0.0.1", "0x7f.1")],
+    ],
+)
+def test_where_it_may_not_go(engine: FakeEngine, ledger: Ledger, url: str, status: int) -> None:
+    with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as client:
+        answer = client.post("/api/v1/predictions", json=body() | {"webhook": url})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, "webhook")
+    assert not engine.jobs
+
+
+def test_a_picture_has_no_webhook(client: TestClient) -> None:
+    assert client.post("/api/v1", json=body() | {"webhook": "https://example.com"}).status_code == 422
