@@ -5,10 +5,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import postgres
 import psycopg
@@ -21,10 +22,12 @@ from PIL import Image
 import fulgurite
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
+from fulgurite.engine import Engine, Runner, Stages
 from fulgurite.ledger import Ledger
 from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
 from fulgurite.models.tokenizer import END, START
-from fulgurite.pipeline import OnStep
+from fulgurite.pipeline import Encoded, OnStep, Preview, Row, plan
+from fulgurite.sampling import trailing_schedule
 from fulgurite.server import create_app
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks
@@ -64,7 +67,7 @@ class FakeEngine:
         self.futures: list[Future[Picture]] = []
         self.held = False
 
-    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None, key: str = "") -> Future[Picture]:
         for step in range(0 if self.held or not on_step else request.num_steps):
             on_step(step + 1, request.num_steps, lambda: Image.new("RGB", (16, 16), "orange"))
         self.jobs.append((model, request))
@@ -83,11 +86,70 @@ class FakeEngine:
     def position(self, job: Future[Picture]) -> int:
         return self.futures.index(job) if self.held and not job.done() else 0
 
+    def seconds_until_begun(self, job: Future[Picture]) -> float:
+        return 0.5 * self.position(job)
+
     def stats(self) -> dict[str, int]:
         return {"queued": 0, "running": 0, "done": len(self.jobs), "failed": 0}
 
     def state(self) -> str:
         return "busy" if self.held else "ready"
+
+
+class Blank:
+    """A pipeline that draws nothing; ``on`` is called with what each stage is given, and may wait or raise."""
+
+    card, device = card(SPARK), torch.device("cpu")
+
+    def __init__(self, on: Callable[[str, Sequence[Row]], None] = lambda stage, rows: None) -> None:
+        self.on = on
+
+    def encode(self, prompt: str) -> Encoded:
+        return torch.zeros(1, 1), torch.zeros(1)
+
+    def start(self, request: Request, encode: Callable[[str], Encoded]) -> Row:
+        nothing = encode(request.prompt)[1]
+        to = plan(self.card, request)
+        row = Row(request, to, trailing_schedule(1), nothing, nothing, nothing, nothing, 0.0)
+        self.on("start", [row])
+        return row
+
+    def step(self, rows: Sequence[Row], batch: int) -> None:
+        assert sum(row.plan.network_rows for row in rows) <= batch
+        self.on("step", rows)
+        for row in rows:
+            row.done += 1
+
+    def finish(self, row: Row) -> Picture:
+        assert row.done == row.plan.steps
+        self.on("finish", [row])
+        return drawn(SPARK, row.request)
+
+    def preview(self, row: Row) -> Preview:
+        return lambda: None
+
+    def agrees(self, latent_size: tuple[int, int], parts: Sequence[int]) -> bool:
+        return True
+
+
+class Loads:
+    """A loader of one pipeline."""
+
+    def __init__(self, pipeline: Stages) -> None:
+        self.pipeline = pipeline
+
+    def __call__(self, model: str, steps: int) -> Stages:
+        return self.pipeline
+
+    def switch_seconds(self, model: str, steps: int) -> float:
+        return 0.0
+
+    def drop_others(self, model: str, steps: int) -> bool:
+        return False
+
+
+def engine_of(pipeline: Stages, **options: Any) -> Engine:
+    return Engine(lambda: Runner(Loads(pipeline)), **options)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ Dies = Literal["never", "before settling", "after settling"]
 class SlowEngine:
     """Gives each picture after a few milliseconds; fails for every seventh seed."""
 
-    def submit(self, model: str, request: Request, on_step: object = None) -> Future[Picture]:
+    def submit(self, model: str, request: Request, on_step: object = None, key: str = "") -> Future[Picture]:
         job: Future[Picture] = Future()
         threading.Timer(random.uniform(0, 0.02), self._draw, (job, model, request)).start()
         return job

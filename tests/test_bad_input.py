@@ -6,14 +6,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import HEADERS, KEY, LIGHTNING, SPARK, body, needs_weights
+from conftest import HEADERS, KEY, LIGHTNING, SPARK, body, engine_of, needs_weights
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fulgurite import Pipeline
-from fulgurite.engine import Engine, Loader
+from fulgurite.engine import Engine, Loader, Runner
 from fulgurite.ledger import Ledger
 from fulgurite.server import create_app
 from fulgurite.settings import read_settings
@@ -24,7 +24,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture(scope="module")
 def app(tiny: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     """The real engine over real, if tiny, networks, and a real ledger."""
-    engine = Engine(lambda model, steps: tiny)
+    engine = engine_of(tiny)
     ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('bad')}/ledger.db")
     ledger.keys.set_from_environment(KEY)
     yield create_app(engine, ledger, read_settings())
@@ -173,7 +173,7 @@ def test_weights_that_are_not_there_say_how_to_pull_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ledger: Ledger
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    engine = Engine(Loader("cpu"))
+    engine = Engine(lambda: Runner(Loader("cpu")))
     try:
         with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as client:
             response = client.post("/api/v1", json=body() | {"model": LIGHTNING})
@@ -207,7 +207,7 @@ def test_no_json_is_ever_a_500(client: TestClient, value: object) -> None:
 
 @needs_weights
 def test_strange_prompts_with_the_embedded_model(ledger: Ledger) -> None:
-    engine = Engine(Loader("cpu"))
+    engine = Engine(lambda: Runner(Loader("cpu")))
     try:
         app = create_app(engine, ledger, read_settings())
         with TestClient(app, headers=HEADERS) as client:

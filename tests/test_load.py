@@ -8,23 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from conftest import KEY, SPARK, body, drawn
+from conftest import KEY, Blank, body, engine_of
 
-from fulgurite import Picture, Request
-from fulgurite.engine import Engine
 from fulgurite.ledger import Ledger
-from fulgurite.pipeline import OnStep
 from fulgurite.server import create_app
 from fulgurite.settings import read_settings
 
 CLIENTS, SILENT, PLACES = 1000, 50, 64
-
-
-class Quick:
-    """A pipeline of a few milliseconds."""
-
-    def draw(self, request: Request, on_step: OnStep | None = None) -> Picture:
-        return drawn(SPARK, request)
 
 
 @pytest.fixture
@@ -40,7 +30,7 @@ def many_files() -> Iterator[None]:
 
 @pytest.mark.usefixtures("many_files")
 def test_a_thousand_at_once(ledger: Ledger) -> None:
-    engine = Engine(lambda model, steps: Quick(), PLACES)
+    engine = engine_of(Blank(), queue_size=PLACES)
     text = json.dumps(body()).encode()
     head = f"POST /api/v1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     request = head.encode() + f"Connection: close\r\nContent-Length: {len(text)}\r\n\r\n".encode() + text

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import HEADERS, KEY, LIGHTNING, SPARK, FakeEngine, body, drawn, needs_weights
+from conftest import HEADERS, KEY, LIGHTNING, SPARK, FakeEngine, body, drawn, engine_of, needs_weights
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from fulgurite import Picture, Pipeline, Request
-from fulgurite.engine import Engine
 from fulgurite.errors import BusyError, FulguriteError, NotPulledError, RequestError, WeightsError
 from fulgurite.ledger import Ledger
 from fulgurite.parameters import Parameters
@@ -250,7 +249,7 @@ def test_picture_files_hold_any_prompt() -> None:
 
 
 def test_real_pixels_through_the_server(tiny: Pipeline, ledger: Ledger) -> None:
-    engine = Engine(lambda model, steps: tiny)
+    engine = engine_of(tiny)
     try:
         app = create_app(engine, ledger, read_settings())
         with TestClient(app, headers=HEADERS) as client:

@@ -3,16 +3,17 @@
 import json
 import logging
 import threading
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
-from conftest import HEADERS, KEY, SPARK, FakeEngine, body, drawn
+from conftest import HEADERS, KEY, SPARK, Blank, FakeEngine, Loads, body
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from fulgurite import Picture, Request
-from fulgurite.engine import Engine
+from fulgurite.engine import Engine, Runner, Stages
 from fulgurite.errors import BusyError
+from fulgurite.pipeline import Row
 from fulgurite.server import JSONLines
 
 
@@ -67,18 +68,18 @@ def test_readiness_is_the_engine_s(client: TestClient, engine: FakeEngine) -> No
 def test_an_engine_knows_its_state() -> None:
     loading, loaded, drawing, finish = (threading.Event() for _ in range(4))
 
-    class Slow:
-        def draw(self, request: Request, on_step: Any = None) -> Picture:
+    class Slow(Loads):
+        def __call__(self, model: str, steps: int) -> Stages:
+            loading.set()
+            loaded.wait(30)
+            return self.pipeline
+
+    def draw(stage: str, rows: Sequence[Row]) -> None:
+        if stage == "step":
             drawing.set()
             finish.wait(30)
-            return drawn(SPARK, request)
 
-    def load(model: str, steps: int) -> Slow:
-        loading.set()
-        loaded.wait(30)
-        return Slow()
-
-    engine = Engine(load, queue_size=1)
+    engine = Engine(lambda: Runner(Slow(Blank(draw))), queue_size=1)
     assert engine.state() == "ready"
     first = engine.submit(SPARK, Request("a red fox"))
     assert loading.wait(30)

@@ -14,8 +14,7 @@ from fulgurite.cli_ledger import keys, usage
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
-    from fulgurite import Picture, Request
-    from fulgurite.engine import Drawer
+    from fulgurite import Picture, Pipeline, Request
     from fulgurite.parameters import Parameters
 
 SPARK = "fulgurite/spark"
@@ -84,7 +83,7 @@ def generate(
 
     from fulgurite import Request
     from fulgurite.cards import card
-    from fulgurite.engine import Loader
+    from fulgurite.engine import Loader, usable_device
     from fulgurite.settings import read_settings
 
     settings = read_settings()
@@ -93,7 +92,7 @@ def generate(
         given["width"], given["height"] = shapes[0]
     first = checked(given)
     checked(given | {"seed": first.seed + count - 1})
-    pipeline = Loader(settings.device)(model, steps)
+    pipeline = Loader(usable_device(settings.device))(model, steps)
     for i, file in enumerate(files):
         request = Request(**first.model_dump() | {"seed": first.seed + i})
         save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)
@@ -132,7 +131,7 @@ def checked(given: dict[str, Any]) -> "Parameters":
         raise FulguriteError(f"{FLAGS.get(name, name)}: {message.removeprefix(name + ': ')}") from None
 
 
-def draw(pipeline: "Drawer", request: "Request", title: str) -> "Picture":
+def draw(pipeline: "Pipeline", request: "Request", title: str) -> "Picture":
     """Draws, showing each step on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -172,7 +171,7 @@ def serve(
     """Serves the hosted API."""
     import uvicorn
 
-    from fulgurite.engine import Engine, Loader
+    from fulgurite.engine import Engine, Loader, Runner, usable_device
     from fulgurite.ledger import open_ledger
     from fulgurite.server import DEMO, JSONLines, create_app, demo_notice
     from fulgurite.settings import read_settings
@@ -187,7 +186,14 @@ def serve(
     if not any(key.state() == "active" for key in ledger.keys.all()):
         _, secret = ledger.keys.create("first")
         say(f"Your API key, shown this once: {secret}")
-    engine = Engine(Loader(settings.device), settings.queue_size)
+    device = usable_device(settings.device)
+    unet_bytes = int(settings.unet_gb * 1e9) if settings.unet_gb else None
+    engine = Engine(
+        lambda: Runner(Loader(device, unet_bytes), exact=settings.exact),
+        settings.queue_size,
+        settings.deadline_seconds,
+        settings.hang_seconds,
+    )
     lines = logging.StreamHandler()
     lines.setFormatter(JSONLines())
     logging.basicConfig(level=logging.INFO, handlers=[lines])

@@ -4,6 +4,9 @@ FulguriteError
 ├── RequestError          the request asks for what cannot be: says which parameter
 │   └── UnknownModelError no such model: names those there are
 ├── BusyError             no room for more work now: says when to come back
+├── NotFiniteError        the network's numbers are none: no picture comes of them
+├── OutOfMemoryError      the device's memory cannot hold this picture
+├── DeviceError           the device stopped answering: the engine starts again
 ├── CreditSpentError      the key's credit does not cover the price
 ├── LedgerError           the ledger cannot be read or written: says which
 ├── UnknownKeyError       no such API key
@@ -46,6 +49,21 @@ class BusyError(FulguriteError):
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class NotFiniteError(FulguriteError):
+    """The network gave infinities or no numbers."""
+
+
+class OutOfMemoryError(FulguriteError):
+    """A picture does not fit into the device's memory, even alone."""
+
+    def __init__(self) -> None:
+        super().__init__("This picture does not fit into the device's memory, even alone. Ask for a smaller one.")
+
+
+class DeviceError(FulguriteError):
+    """The engine's thread ended or hung, and what it was making is lost."""
 
 
 class CreditSpentError(FulguriteError):

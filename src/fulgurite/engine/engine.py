@@ -1,154 +1,205 @@
-"""One thread that draws jobs in the order they came."""
+"""One thread that draws all jobs together, a step at a time: schedule, run, update."""
 
+import logging
 import math
 import threading
-from collections import deque
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
-from fulgurite.errors import BusyError, FulguriteError
-from fulgurite.pipeline import OnStep, Picture, Preview, Request
+from fulgurite.cards import card
+from fulgurite.engine.loading import checkpoint
+from fulgurite.engine.runner import Drawing, Outcome, Runner
+from fulgurite.engine.scheduler import Group, Scheduler, Task, Work
+from fulgurite.errors import BusyError, DeviceError
+from fulgurite.pipeline import OnStep, Picture, Request, plan
 
-
-class Drawer(Protocol):
-    """What the engine needs of a pipeline."""
-
-    def draw(self, request: Request, on_step: OnStep | None = None) -> Picture: ...
-
-
-Load = Callable[[str, int], Drawer]  # model, most steps
+log = logging.getLogger("fulgurite")
+LOOK_SECONDS = 0.5  # between the watchdog's looks
 
 
 class Job(Future[Picture]):
     """One picture being made."""
 
-    def __init__(self, model: str, request: Request, on_step: OnStep | None) -> None:
+    def __init__(self, task: Task, drawing: Drawing) -> None:
         super().__init__()
-        self.model, self.request, self.on_step = model, request, on_step
-
-
-def broken(error: BaseException) -> RuntimeError:
-    """A bug, in an exception that may cross threads: not every one may (StopIteration, SystemExit)."""
-    failure = RuntimeError("drawing failed")
-    failure.__cause__ = error
-    return failure
+        self.task, self.drawing = task, drawing
 
 
 class Engine:
-    """Takes jobs, gives pictures. What goes wrong with one job is that job's alone.
+    """Takes jobs from any thread, gives pictures. What goes wrong with one job is that job's alone.
 
-    ``load`` is called on the engine's thread only, which alone touches the device.
+    ``make_runner`` is called on the engine's thread, which alone touches the device; again, if the thread has died or
+    one stage took longer than ``hang_seconds``: then the jobs on their way fail, and another thread takes over.
     """
 
-    def __init__(self, load: Load, queue_size: int = 64) -> None:
-        self._load, self._queue_size = load, queue_size
-        self._queue: deque[Job] = deque()
-        self._running: Job | None = None
-        self._abandoned = False  # the running job is not wanted any more
-        self._closed = False
-        self._done = self._failed = 0
-        self._loading = False
-        self._usual_seconds = 1.0  # of a picture, by a moving average
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        queue_size: int = 64,
+        deadline_seconds: float = 3600,
+        hang_seconds: float = 600,
+    ) -> None:
+        self._make_runner, self._queue_size = make_runner, queue_size
+        self._deadline_seconds, self._hang_seconds = deadline_seconds, hang_seconds
+        self._jobs: dict[Task, Job] = {}  # who takes a job out of here ends its future
+        self._scheduler = Scheduler()
+        self._counts = {"done": 0, "failed": 0, "steps": 0, "rows": 0}
+        self._loaded = self._closed = False
+        self._changed = threading.Condition()  # with a lock that a thread may take twice
+        self._start()
+        self._watchdog = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
+        self._watchdog.start()
 
-    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
-        """Queues a job. Its future ends in a picture, the job's error, or cancelled. Raises BusyError.
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None, key: str = "") -> Future[Picture]:
+        """Queues a job for ``key``. Its future ends in a picture, the job's error, or cancelled.
 
-        ``on_step`` is called on the engine's thread, which waits for it.
+        Raises BusyError, and UnknownModelError. ``on_step`` is called on the engine's thread, which waits for it.
         """
-        job = Job(model, request, on_step)
+        of_model = card(model)
+        to = plan(of_model, request)
+        group = Group(model, checkpoint(of_model, to.steps), to.latent_shape)
+        task = Task(group, key, to.network_rows, to.steps, time.monotonic())
+        job = Job(task, Drawing(request, on_step))
         with self._changed:
             if self._closed:
                 raise BusyError("The engine is shutting down.", retry_after=10)
-            if len(self._queue) >= self._queue_size:
-                raise BusyError(
-                    f"All {self._queue_size} places in the queue are taken.", math.ceil(self._usual_seconds)
-                )
-            self._queue.append(job)
-            self._changed.notify()
+            if len(self._scheduler.waiting()) >= self._queue_size:
+                retry_after = self._scheduler.seconds_until_a_place()
+                raise BusyError(f"All {self._queue_size} places in the queue are taken.", retry_after)
+            late = self._scheduler.seconds_of_work() - self._deadline_seconds
+            if late > 0:
+                raise BusyError(f"It would not be made within {self._deadline_seconds:g} s.", math.ceil(late))
+            self._jobs[task] = job
+            self._scheduler.add(task)
+            self._changed.notify_all()
         return job
 
     def cancel(self, job: Future[Picture]) -> None:
-        """Takes a waiting job off the queue; a running one stops at its next step."""
-        with self._changed:
-            self._abandoned |= job is self._running
-            self._queue = deque(waiting for waiting in self._queue if waiting is not job)
-        job.cancel()
+        """Ends a job at once; its row is free at the next step."""
+        assert isinstance(job, Job)
+        if self._take(job.task) and not job.cancel():
+            job.set_exception(BusyError("The engine stopped this job.", retry_after=10))
 
     def position(self, job: Future[Picture]) -> int:
-        """How many pictures come before this one; 0 once it is being made."""
+        """How many waiting pictures are begun before this one; 0 once it is being made."""
+        assert isinstance(job, Job)
         with self._changed:
-            waiting = next((i for i, other in enumerate(self._queue) if other is job), None)
-            return 0 if waiting is None else waiting + int(self._running is not None)
+            return self._scheduler.position(job.task) if job.task in self._jobs else 0
+
+    def seconds_until_begun(self, job: Future[Picture]) -> float:
+        """About how long it waits yet."""
+        assert isinstance(job, Job)
+        with self._changed:
+            return self._scheduler.seconds_until_begun(job.task) if job.task in self._jobs else 0.0
 
     def stats(self) -> dict[str, int]:
-        """Jobs waiting, running, done and failed."""
+        """Jobs queued, running, done and failed; the network's evaluations ("steps"), and the rows of them all."""
         with self._changed:
-            running = int(self._running is not None)
-            return {"queued": len(self._queue), "running": running, "done": self._done, "failed": self._failed}
+            queued = len(self._scheduler.waiting())
+            return {"queued": queued, "running": len(self._jobs) - queued, **self._counts}
 
     def state(self) -> Literal["starting", "ready", "busy", "failed"]:
-        """Loading its first weights, able to take a job, without a place for one, or closed or broken."""
+        """Loading its first weights, able to take a job, without a place for one, or closed."""
         with self._changed:
-            if self._closed or not self._thread.is_alive():
+            if self._closed:
                 return "failed"
-            if len(self._queue) >= self._queue_size:
+            if len(self._scheduler.waiting()) >= self._queue_size:
                 return "busy"
-            return "starting" if self._loading and not self._done else "ready"
+            return "starting" if self._jobs and not self._loaded else "ready"
 
     def close(self) -> None:
-        """Cancels what waits, stops what runs at its next step, and ends the thread."""
+        """Ends every job and the thread, after the stage that it is at."""
         with self._changed:
-            self._closed = self._abandoned = True
-            waiting, self._queue = self._queue, deque()
-            self._changed.notify()
-        for job in waiting:
-            job.cancel()
-        self._thread.join()
+            self._closed = True
+            jobs = list(self._jobs.values())
+            self._changed.notify_all()
+        for job in jobs:
+            self.cancel(job)
+        self._thread.join(self._hang_seconds)
+        self._watchdog.join()
+
+    def _start(self) -> None:
+        self._busy_since = math.inf  # when the stage that runs was begun
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                picture = self._loaded(job).draw(job.request, partial(self._stepped, job))
-            except BaseException as error:
-                self._finish(failed=not isinstance(error, BusyError))
-                job.set_exception(error if isinstance(error, FulguriteError) else broken(error))
-            else:
-                self._usual_seconds += (picture.seconds - self._usual_seconds) / 8
-                self._finish(failed=False, done=True)
-                job.set_result(picture)
-
-    def _loaded(self, job: Job) -> Drawer:
-        self._loading = True
-        try:
-            return self._load(job.model, job.request.num_steps)
-        finally:
-            self._loading = False
-
-    def _next(self) -> Job | None:
-        """Waits for the next job that is still wanted; None once closed."""
+        runner = self._make_runner()
         with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+            self._scheduler.switch_seconds = runner.switch_seconds
+        while (work := self._schedule()) is not None:
+            started = time.monotonic()
+            jobs = {job.drawing: job for task in work.tasks if (job := self._jobs.get(task))}
+            if jobs:
+                outcome = runner.run(work.stage, work.group, list(jobs))
+                self._update(work, jobs, outcome, time.monotonic() - started)
+
+    def _schedule(self) -> Work | None:
+        """Waits for work that is still wanted; None once closed, or once another thread has taken over."""
+        with self._changed:
+            self._busy_since = math.inf
+            while threading.current_thread() is self._thread and not self._closed:
+                work = self._scheduler.next(time.monotonic())
+                if work is None:
+                    self._changed.wait()
+                    continue
+                if work.stage == "encode":
+                    for task in work.tasks:
+                        if not self._jobs[task].set_running_or_notify_cancel():
+                            self._take(task)
+                self._busy_since = time.monotonic()
+                return work
+            return None
+
+    def _update(self, work: Work, jobs: dict[Drawing, Job], outcome: Outcome, seconds: float) -> None:
+        with self._changed:
+            if threading.current_thread() is not self._thread:
+                return
+            self._loaded = True
+            self._scheduler.ran(work, [jobs[drawing].task for drawing in outcome.moved], seconds, outcome.capacity)
+            self._counts["steps"] += outcome.ran > 0
+            self._counts["rows"] += outcome.ran
+            latest = time.monotonic() - self._deadline_seconds
+            late = [job for task, job in self._jobs.items() if task.arrived < latest]
+        for drawing, picture in outcome.pictures.items():
+            if self._take(jobs[drawing].task, "done"):
+                jobs[drawing].set_result(picture)
+        for drawing, error in outcome.failed.items():
+            self._fail(jobs[drawing], error)
+        for job in late:
+            self._fail(job, BusyError(f"It was not made within {self._deadline_seconds:g} s.", retry_after=60))
+
+    def _take(self, task: Task, count: str = "") -> bool:
+        """Takes a job out. False: somebody else has, and ends its future."""
+        with self._changed:
+            self._scheduler.remove(task)
+            if self._jobs.pop(task, None) is None:
+                return False
+            if count:
+                self._counts[count] += 1
+            return True
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if self._take(job.task, "" if isinstance(error, BusyError) else "failed"):
+            if not job.running() and not job.set_running_or_notify_cancel():
+                return
+            job.set_exception(error)
+
+    def _watch(self) -> None:
+        """Looks whether the thread lives and moves; if not, its jobs fail and another thread takes over."""
+        while True:
+            with self._changed:
                 if self._closed:
-                    return None
-                job = self._queue.popleft()
-                if job.set_running_or_notify_cancel():
-                    self._running, self._abandoned = job, False
-                    return job
-
-    def _stepped(self, job: Job, done: int, steps: int, preview: Preview) -> None:
-        if self._abandoned:
-            raise BusyError("The engine stopped this job.", retry_after=10)
-        if job.on_step:
-            job.on_step(done, steps, preview)
-
-    def _finish(self, *, failed: bool, done: bool = False) -> None:
-        with self._changed:
-            self._running = None
-            self._failed += failed
-            self._done += done
+                    return
+                hangs = time.monotonic() - self._busy_since > self._hang_seconds
+                lost: list[Job] = []
+                if hangs or not self._thread.is_alive():
+                    log.error("The engine's thread %s. Another one takes over.", "hangs" if hangs else "died")
+                    lost = [job for job in self._jobs.values() if job.running()]
+                    self._start()
+            for job in lost:
+                self._fail(job, DeviceError("The device stopped answering, so this picture is lost. Try again."))
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, LOOK_SECONDS)

@@ -1,29 +1,82 @@
-"""Pipelines as the engine loads them: on this machine's device, each checkpoint once."""
+"""Pipelines as the engine loads them: on this machine's device, as many UNets as its memory is to hold."""
+
+import os
+import time
+from collections import OrderedDict
+from functools import cache
 
 import torch
 
-from fulgurite.cards import card
+from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError
-from fulgurite.pipeline import Pipeline
+from fulgurite.models import UNet
+from fulgurite.pipeline import Pipeline, usual_dtype
+
+
+def usable_device(name: str) -> str:
+    """The device that a setting names, "auto" a GPU where there is one. Raises FulguriteError."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise FulguriteError(f"FULGURITE_DEVICE: cannot compute on {device!r} here: {why}") from None
+    return device
+
+
+def checkpoint(of_model: Card, steps: int) -> int:
+    """The schedule whose checkpoint draws ``steps``; 0 where one checkpoint draws any number."""
+    return of_model.steps_for(steps) if of_model.schedules else 0
 
 
 class Loader:
-    """Gives the pipeline for a model and a number of steps; keeps what it has loaded."""
+    """Gives the pipeline for a model and a number of steps.
 
-    def __init__(self, device: str = "auto") -> None:
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).partition("\n")[0]
-            raise FulguriteError(f"FULGURITE_DEVICE: cannot compute on {self.device!r} here: {why}") from None
-        self.dtype = torch.float16 if self.device.startswith("cuda") else torch.float32
-        self._loaded: dict[tuple[str, int], Pipeline] = {}
+    A model's checkpoints share their text encoders and VAE. Its UNets stay, the least recently used going first, as
+    long as all of them come to at most ``most_bytes``, or else to half the device's memory.
+    """
+
+    def __init__(self, device: str, most_bytes: int | None = None) -> None:
+        self.device, self.dtype = device, usual_dtype(device)
+        self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
+        self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
+        self._seconds: dict[str, float] = {}  # that a model's checkpoint last took
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         of_model = card(model)
-        # Without schedules one checkpoint draws any number of steps.
-        key = model, of_model.steps_for(steps) if of_model.schedules else 0
-        if key not in self._loaded:
-            self._loaded[key] = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype)
-        return self._loaded[key]
+        name = model, checkpoint(of_model, steps)
+        if name not in self._loaded:
+            started = time.monotonic()
+            like = next((kept.networks for (other, _), kept in self._loaded.items() if other == model), None)
+            while self._loaded and self._bytes() + unet_bytes(of_model, self.dtype) > self._most_bytes:
+                self._loaded.popitem(last=False)
+            self._loaded[name] = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
+            self._seconds[model] = time.monotonic() - started
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+    def switch_seconds(self, model: str, steps: int) -> float:
+        """What it costs to get a checkpoint ready: nothing while it is here."""
+        return 0.0 if (model, steps) in self._loaded else self._seconds.get(model, 1.0)
+
+    def drop_others(self, model: str, steps: int) -> bool:
+        """Gives up every other checkpoint, to make room. False: there was none."""
+        others = [name for name in self._loaded if name != (model, steps)]
+        for name in others:
+            del self._loaded[name]
+        return bool(others)
+
+    def _bytes(self) -> int:
+        return sum(unet_bytes(kept.card, self.dtype) for kept in self._loaded.values())
+
+
+@cache
+def unet_bytes(of_model: Card, dtype: torch.dtype) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in UNet(of_model.unet).parameters()) * dtype.itemsize
+
+
+def half_the_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -119,6 +119,10 @@ class Jobs:
         """How many pictures the engine makes before this one; None before it is queued."""
         return self._engine.position(job.drawing) if job.drawing else None
 
+    def seconds_until_begun(self, job: Job) -> float:
+        """About how long it waits yet, once it is queued."""
+        return self._engine.seconds_until_begun(job.drawing) if job.drawing else 0.0
+
     async def finish(self) -> None:
         """Waits until everything that runs has come to its end in the ledger."""
         while self._tasks:
@@ -170,7 +174,9 @@ class Jobs:
             step = StepDone(done, steps, preview_bytes(image) if image else None)
             loop.call_soon_threadsafe(job.stepped, step)
 
-        job.drawing = self._engine.submit(job.order.model, job.order.request, on_step if job.order.stream else None)
+        order = job.order
+        told = on_step if order.stream else None
+        job.drawing = self._engine.submit(order.model, order.request, told, order.key.id)
         if job.unwanted:
             self._engine.cancel(job.drawing)
         try:

@@ -13,9 +13,12 @@ from starlette.exceptions import HTTPException
 from fulgurite.errors import (
     BusyError,
     CreditSpentError,
+    DeviceError,
     FulguriteError,
     LedgerError,
+    NotFiniteError,
     NotPulledError,
+    OutOfMemoryError,
     RequestError,
     UnknownKeyError,
     UnknownModelError,
@@ -55,6 +58,12 @@ def problem(error: Exception) -> Problem:
             return Problem(503, "not_pulled", str(error), "model")
         case WeightsError():
             return Problem(503, "weights_unusable", str(error), "model")
+        case OutOfMemoryError():
+            return Problem(503, "out_of_memory", str(error))
+        case NotFiniteError():
+            return Problem(500, "not_finite", str(error))
+        case DeviceError():
+            return Problem(503, "device_failed", str(error), headers={"Retry-After": "5"})
         case CreditSpentError():
             return Problem(402, "credit_spent", str(error))
         case UnknownKeyError():

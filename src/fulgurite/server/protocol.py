@@ -14,8 +14,10 @@ EngineState = Literal["starting", "ready", "busy", "failed"]
 class Engine(Protocol):
     """Takes jobs from any thread, and answers each at its own time."""
 
-    def submit(self, model: str, request: Request, on_step: OnStep | None = None) -> Future[Picture]:
-        """Queues one picture, without waiting. Raises BusyError where there is no room. Steps are told on any thread.
+    def submit(self, model: str, request: Request, on_step: OnStep | None = None, key: str = "") -> Future[Picture]:
+        """Queues one picture for ``key``, without waiting; the engine is shared among keys.
+
+        Raises BusyError where there is no room. Steps are told on any thread.
 
         The future ends in a Picture, in a FulguriteError (the request's or the weights' fault), in another
         exception (a bug), or cancelled (the engine is closing).
@@ -27,8 +29,11 @@ class Engine(Protocol):
     def position(self, job: Future[Picture]) -> int:
         """How many pictures come before this one; 0 once it is being made."""
 
+    def seconds_until_begun(self, job: Future[Picture]) -> float:
+        """About how long it waits yet."""
+
     def stats(self) -> dict[str, int]:
-        """Jobs ``queued``, ``running``, ``done`` and ``failed``."""
+        """Jobs ``queued``, ``running``, ``done`` and ``failed``; there may be more numbers."""
 
     def state(self) -> EngineState:
         """Loading its first weights, able to take a job, without a place for one, or beyond repair."""

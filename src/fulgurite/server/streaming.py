@@ -39,8 +39,8 @@ async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes
             new = [step_event(step) for step in job.steps[told:]]
             told += len(new)
             if not ended and not told and (now_at := jobs.position(job)) != place:
-                place = now_at
-                new.append(event("queued", {"id": job.order.id, "position": place}))
+                place, seconds = now_at, round(jobs.seconds_until_begun(job), 3)
+                new.append(event("queued", {"id": job.order.id, "position": place, "seconds": seconds}))
             if time.monotonic() - spoke > SILENCE_SECONDS:
                 new.append(b": still here\n\n")
             for line in new:

@@ -1,6 +1,7 @@
 """A model's files to its networks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -33,12 +34,13 @@ def full_text_name(name: str) -> str:
     return name if name.startswith("text_") else f"text_model.{name}"
 
 
-def load_networks(card: Card, steps: int, device: str, dtype: torch.dtype) -> Networks:
+def load_networks(card: Card, steps: int, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """A card's networks, with the UNet for a schedule of ``steps`` where the model has one for each.
 
+    All but the UNet are taken from ``like``, the same model's networks for another schedule, where there are.
     Raises NotPulledError where the hub's files are not on this machine, and WeightsError where they do not fit.
     """
-    return load_files(locate(card, steps), card, device, dtype)
+    return load_files(locate(card, steps), card, device, dtype, like)
 
 
 def load_folder(folder: Path, card: Card, device: str, dtype: torch.dtype) -> Networks:
@@ -70,8 +72,12 @@ def locate(card: Card, steps: int) -> Files:
     )
 
 
-def load_files(files: Files, card: Card, device: str, dtype: torch.dtype) -> Networks:
+def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
+    unet = load_unet(files.unet, card, device, dtype, files.lora)
+    prediction = "x0" if files.predicts_x0 else card.prediction
+    if like:
+        return replace(like, unet=unet, prediction=prediction)
     first, second = card.text_encoders
     return Networks(
         tokenizers=(load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)),
@@ -79,9 +85,9 @@ def load_files(files: Files, card: Card, device: str, dtype: torch.dtype) -> Net
             load_text_encoder(files.text_encoders[0], first, device, dtype, second=False),
             load_text_encoder(files.text_encoders[1], second, device, dtype, second=True),
         ),
-        unet=load_unet(files.unet, card, device, dtype, files.lora),
+        unet=unet,
         vae=load_vae(files.vae, card, device, dtype),
-        prediction="x0" if files.predicts_x0 else card.prediction,
+        prediction=prediction,
     )
 
 

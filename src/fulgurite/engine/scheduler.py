@@ -1,0 +1,205 @@
+"""Which jobs the device serves next, a step at a time. It knows no torch, and no clock but the one it is told.
+
+Device time is shared among groups (what can be in one batch) in proportion to the keys that wait in each, and a
+batch's rows among the keys, by start-time fair queueing (Goyal et al., SIGCOMM 1996). Of one key's jobs the one with
+the fewest steps left goes first, unless another has waited long: so nobody starves.
+"""
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Stage = Literal["encode", "step", "decode"]
+PATIENCE = 10  # waiting for so many steps' time counts as one step less to go
+LEARNING = 0.2  # how much a new time counts in a moving average
+FIRST_GUESS = 0.05  # seconds of anything that was never timed
+
+
+@dataclass(frozen=True)
+class Group:
+    """What jobs of one batch have in common."""
+
+    model: str
+    steps: int  # the schedule whose checkpoint draws them; 0 where one checkpoint draws any number of steps
+    latent_shape: tuple[int, int, int]
+
+
+@dataclass(eq=False)
+class Task:
+    """One job, as far as its turn is concerned."""
+
+    group: Group
+    key: str  # whose it is
+    rows: int  # of the network's batch
+    steps_left: int
+    arrived: float  # seconds, by the clock of all times here
+    begun: bool = False  # its prompt is encoded
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the device does next: one stage for some tasks of a group."""
+
+    stage: Stage
+    group: Group
+    tasks: list[Task]
+
+
+class Shares:
+    """How much each has had. Who joins has had as much as who was served last: idling saves nothing up."""
+
+    def __init__(self) -> None:
+        self.had: dict[Hashable, float] = {}
+        self._floor = 0.0
+
+    def join(self, who: Hashable) -> None:
+        self.had.setdefault(who, self._floor)
+
+    def leave(self, who: Hashable) -> None:
+        self.had.pop(who, None)
+
+    def charge(self, who: Hashable, amount: float) -> None:
+        if who in self.had:
+            self._floor = max(self._floor, self.had[who])
+            self.had[who] += amount
+
+
+@dataclass
+class Queue:
+    """A group's jobs and what is known of its costs."""
+
+    capacity: int  # rows of a step
+    tasks: list[Task] = field(default_factory=list)
+    keys: Shares = field(default_factory=Shares)
+    row_seconds: float = FIRST_GUESS  # of a step, each row's share
+    step_seconds: float = FIRST_GUESS
+    decode_seconds: float = FIRST_GUESS
+
+    def rank(self, task: Task, now: float) -> float:
+        """Who is lower goes first among one key's."""
+        return task.steps_left - (now - task.arrived) / (PATIENCE * self.step_seconds)
+
+    def work(self, task: Task) -> float:
+        """Seconds of the device that a task still takes."""
+        return task.rows * task.steps_left * self.row_seconds + self.decode_seconds
+
+
+class Scheduler:
+    """Holds the tasks, says what is next, and learns from what was done.
+
+    ``switch_seconds`` says what it costs to get a group's weights ready; as much is first spent on the groups whose
+    weights are there.
+    """
+
+    def __init__(self, rows: int = 16, switch_seconds: Callable[[Group], float] = lambda group: 0.0) -> None:
+        self._rows, self.switch_seconds = rows, switch_seconds
+        self._queues: dict[Group, Queue] = {}  # also of groups that were here before: their costs are known
+        self._groups = Shares()
+        self._now = 0.0
+
+    def tasks(self) -> list[Task]:
+        return [task for queue in self._queues.values() for task in queue.tasks]
+
+    def waiting(self) -> list[Task]:
+        """Tasks that were not begun."""
+        return [task for task in self.tasks() if not task.begun]
+
+    def add(self, task: Task) -> None:
+        queue = self._queues.setdefault(task.group, Queue(self._rows))
+        queue.tasks.append(task)
+        queue.keys.join(task.key)
+        self._groups.join(task.group)
+
+    def remove(self, task: Task) -> None:
+        """Forgets a task: it is done, failed, or not wanted any more."""
+        queue = self._queues[task.group]
+        if task not in queue.tasks:
+            return
+        queue.tasks.remove(task)
+        if not any(other.key == task.key for other in queue.tasks):
+            queue.keys.leave(task.key)
+        if not queue.tasks:
+            self._groups.leave(task.group)
+
+    def next(self, now: float) -> Work | None:
+        """What to do now: a decode, which ends a job; else a step, before which prompts are encoded."""
+        self._now = now
+        ready = [task for task in self.tasks() if task.begun and not task.steps_left]
+        if ready:
+            first = min(ready, key=lambda task: task.arrived)
+            return Work("decode", first.group, [first])
+        busy = [group for group, queue in self._queues.items() if queue.tasks]
+        if not busy:
+            return None
+        group = min(busy, key=lambda group: self._groups.had[group] + self.switch_seconds(group))
+        chosen = self._choose(self._queues[group])
+        new = [task for task in chosen if not task.begun]
+        return Work("encode", group, new) if new else Work("step", group, chosen)
+
+    def _choose(self, queue: Queue) -> list[Task]:
+        """Rows for a step: by turns of the keys, each key's by rank."""
+        of_key: dict[Hashable, list[Task]] = {}
+        for task in sorted(queue.tasks, key=lambda task: queue.rank(task, self._now)):
+            of_key.setdefault(task.key, []).append(task)
+        had, room, chosen = dict(queue.keys.had), queue.capacity, list[Task]()
+        while of_key:
+            key = min(of_key, key=had.__getitem__)
+            task = of_key[key].pop(0)
+            if task.rows > room and chosen:
+                break
+            chosen.append(task)
+            room -= task.rows
+            had[key] += task.rows
+            if not of_key[key]:
+                del of_key[key]
+        return chosen
+
+    def ran(self, work: Work, moved: list[Task], seconds: float, capacity: int) -> None:
+        """Tells what was done: which tasks a stage moved on, how long it took, and the rows a step may have.
+
+        Only tasks that are still held move; an encoded one is begun, a stepped one has a step less.
+        """
+        queue = self._queues[work.group]
+        queue.capacity = capacity
+        keys = max(1, len(queue.keys.had))
+        self._groups.charge(work.group, seconds / keys)
+        if work.stage == "encode":
+            for task in moved:
+                task.begun = True
+        elif work.stage == "step" and moved:
+            rows = sum(task.rows for task in moved)
+            queue.row_seconds += LEARNING * (seconds / rows - queue.row_seconds)
+            queue.step_seconds += LEARNING * (seconds - queue.step_seconds)
+            for task in moved:
+                task.steps_left -= 1
+                queue.keys.charge(task.key, task.rows)
+        elif work.stage == "decode" and moved:
+            queue.decode_seconds += LEARNING * (seconds / len(moved) - queue.decode_seconds)
+
+    def position(self, task: Task) -> int:
+        """How many waiting tasks are begun before this one, as the keys take their turns; 0 once it is begun."""
+        return 0 if task.begun else len(self._before(task))
+
+    def _before(self, task: Task) -> list[Task]:
+        waiting = sorted(self.waiting(), key=lambda other: self._queues[other.group].rank(other, self._now))
+        of_key: dict[str, list[Task]] = {}
+        for other in waiting:
+            of_key.setdefault(other.key, []).append(other)
+        turn = of_key[task.key].index(task)
+        return [other for tasks in of_key.values() for other in tasks[:turn]]
+
+    def seconds_until_begun(self, task: Task) -> float:
+        """About how long a task still waits: for what runs and for what goes before it."""
+        if task.begun:
+            return 0.0
+        ahead = [other for other in self.tasks() if other.begun] + self._before(task)
+        return sum(self._queues[other.group].work(other) for other in ahead)
+
+    def seconds_of_work(self) -> float:
+        """Of everything that is here."""
+        return sum(self._queues[task.group].work(task) for task in self.tasks())
+
+    def seconds_until_a_place(self) -> int:
+        """When a waiting task will have been begun: about the time between two pictures. Whole, and at least 1."""
+        return max(1, math.ceil(self.seconds_of_work() / max(1, len(self.tasks()))))

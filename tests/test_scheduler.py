@@ -1,0 +1,105 @@
+"""The scheduler's properties: no torch, no thread, a clock of its own."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fulgurite.engine.scheduler import Group, Scheduler, Task, Work
+
+GROUPS = [Group("m", 0, (4, 8, 8)), Group("m", 0, (4, 8, 16)), Group("n", 4, (4, 8, 8))]
+STEP, DECODE = 0.01, 0.005
+TASKS = st.tuples(st.sampled_from(GROUPS), st.sampled_from("abc"), st.sampled_from((1, 2)), st.integers(1, 8))
+
+
+def run(scheduler: Scheduler, now: float) -> tuple[Work, float]:
+    """One round, by a device that takes a fixed time."""
+    work = scheduler.next(now)
+    assert work
+    seconds = {"encode": 0.001, "step": STEP, "decode": DECODE}[work.stage]
+    scheduler.ran(work, work.tasks, seconds, 4)
+    if work.stage == "decode":
+        scheduler.remove(work.tasks[0])
+    return work, now + seconds
+
+
+@settings(deadline=None)
+@given(st.lists(TASKS, max_size=40))
+def test_everything_ends_and_every_batch_is_one_that_can_be(asked: list[tuple[Group, str, int, int]]) -> None:
+    scheduler, now, ended = Scheduler(rows=4), 0.0, 0
+    tasks = [Task(group, key, rows, steps, 0.0) for group, key, rows, steps in asked]
+    for task in tasks:
+        scheduler.add(task)
+    while scheduler.tasks():
+        work, now = run(scheduler, now)
+        assert work.tasks
+        assert {task.group for task in work.tasks} == {work.group}
+        assert sum(task.rows for task in work.tasks) <= 4
+        ended += work.stage == "decode"
+    assert ended == len(tasks)
+    assert all(task.steps_left == 0 for task in tasks)
+    assert scheduler.next(now) is None
+
+
+@given(st.lists(TASKS, min_size=1, max_size=20))
+def test_positions_are_those_of_a_queue(asked: list[tuple[Group, str, int, int]]) -> None:
+    scheduler = Scheduler()
+    tasks = [Task(group, key, rows, steps, 0.0) for group, key, rows, steps in asked]
+    for task in tasks:
+        scheduler.add(task)
+    positions = [scheduler.position(task) for task in tasks]
+    assert min(positions) == 0
+    assert max(positions) < len(tasks)
+    assert all(scheduler.seconds_until_begun(task) >= 0 for task in tasks)
+    assert scheduler.seconds_until_a_place() >= 1
+
+
+def test_keys_share_a_batch_evenly_however_much_one_asks() -> None:
+    scheduler, now = Scheduler(rows=4), 0.0
+    for _ in range(100):
+        scheduler.add(Task(GROUPS[0], "greedy", 1, 4, now))
+    for _ in range(4):
+        _, now = run(scheduler, now)
+    modest = Task(GROUPS[0], "modest", 1, 4, now)
+    scheduler.add(modest)
+    rounds = 0
+    while modest in scheduler.tasks():
+        _, now = run(scheduler, now)
+        rounds += 1
+    assert rounds <= 30  # its 4 steps, and what was begun beside it; not the greedy one's hundred
+
+
+def test_a_long_job_does_not_starve_behind_a_stream_of_short_ones() -> None:
+    scheduler, now = Scheduler(rows=1), 0.0
+    long = Task(GROUPS[0], "a", 1, 8, now)
+    scheduler.add(long)
+    while long in scheduler.tasks() and now < 60:
+        while len(scheduler.tasks()) < 3:
+            scheduler.add(Task(GROUPS[0], "a", 1, 1, now))
+        _, now = run(scheduler, now)
+    assert long not in scheduler.tasks()
+
+
+def test_short_jobs_go_before_long_ones() -> None:
+    scheduler = Scheduler(rows=1)
+    long, short = Task(GROUPS[0], "a", 1, 8, 0.0), Task(GROUPS[0], "a", 1, 1, 0.0)
+    for task in (long, short):
+        scheduler.add(task)
+    work = scheduler.next(0.0)
+    assert work
+    assert work.tasks == [short]
+
+
+def test_no_group_starves_and_switching_is_paid_for_first() -> None:
+    """A group whose weights are away waits until the others have had as much as fetching them costs, not for ever."""
+    here = [GROUPS[0]]
+    scheduler, now, switches = Scheduler(rows=4, switch_seconds=lambda group: 0.0 if group in here else 0.5), 0.0, 0
+    for _ in range(200):
+        for group in GROUPS[:2]:
+            scheduler.add(Task(group, "a", 1, 4, now))
+    served = dict.fromkeys(GROUPS[:2], 0)
+    while now < 4 and all(any(task.group == group for task in scheduler.tasks()) for group in GROUPS[:2]):
+        work, now = run(scheduler, now)
+        served[work.group] += 1
+        switches += work.group not in here
+        here[:] = [work.group]
+    assert min(served.values()) > 0
+    assert 1 <= switches <= 10
