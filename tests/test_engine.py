@@ -264,9 +264,10 @@ REQUESTS = st.builds(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_picture_is_the_same_to_the_bit_whoever_shares_its_batch(
-    tiny: Pipeline, dtype: torch.dtype, distilled: bool
+    tiny: Pipeline, dtype: torch.dtype, distilled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = replace(tiny.card, schedules=(1, 2, 4) if distilled else ())
+    monkeypatch.setattr("fulgurite.engine.engine.card", lambda model: of)
     nets = tiny.networks
     networks = replace(
         nets,

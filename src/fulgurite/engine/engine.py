@@ -105,9 +105,9 @@ class Engine:
         with self._changed:
             if self._closed:
                 return "failed"
-            if len(self._scheduler.waiting()) >= self._queue_size:
-                return "busy"
-            return "starting" if self._jobs and not self._loaded else "ready"
+            if self._jobs and not self._loaded:
+                return "starting"
+            return "busy" if len(self._scheduler.waiting()) >= self._queue_size else "ready"
 
     def close(self) -> None:
         """Ends every job and the thread, after the stage that it is at."""

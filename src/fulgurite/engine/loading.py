@@ -9,7 +9,7 @@ import torch
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError
-from fulgurite.models import UNet
+from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 
 
@@ -48,7 +48,7 @@ class Loader:
         if name not in self._loaded:
             started = time.monotonic()
             like = next((kept.networks for (other, _), kept in self._loaded.items() if other == model), None)
-            while self._loaded and self._bytes() + unet_bytes(of_model, self.dtype) > self._most_bytes:
+            while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
             self._loaded[name] = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
             self._seconds[model] = time.monotonic() - started
@@ -67,13 +67,13 @@ class Loader:
         return bool(others)
 
     def _bytes(self) -> int:
-        return sum(unet_bytes(kept.card, self.dtype) for kept in self._loaded.values())
+        return sum(unet_bytes(kept.card.unet, self.dtype) for kept in self._loaded.values())
 
 
 @cache
-def unet_bytes(of_model: Card, dtype: torch.dtype) -> int:
+def unet_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
     with torch.device("meta"):
-        return sum(weight.numel() for weight in UNet(of_model.unet).parameters()) * dtype.itemsize
+        return sum(weight.numel() for weight in UNet(config).parameters()) * dtype.itemsize
 
 
 def half_the_memory(device: str) -> int:
