@@ -327,7 +327,7 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The way down and through the middle: its features, what the way up takes from it, and the embedding.
 
-        The arguments are those of ``forward``; features are ``[B, block_out_channels[-1], h / downscale, w / downscale]``.
+        The arguments are those of ``forward``, the features ``[B, widest, h / downscale, w / downscale]``.
         """
         dtype = x.dtype
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.block_out_channels[0]).to(dtype))

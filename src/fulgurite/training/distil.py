@@ -26,6 +26,8 @@ from fulgurite.training.steps import Conditions, Guide, Sayer, denoised, on, see
 from fulgurite.weights.load import load_unet
 
 JUDGED_AT = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before they are judged, at random
+JUDGES_SHARE = 0.1  # of the student's learning rate: the judge's whole UNet learns, the student's changes are small
+SAVE_EVERY = 100  # updates
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a student for every row: from ``x`` at ``sigma`` to ``following`` (``[B]``), where its teacher came."""
+    """One step of a student for every row: from ``x`` at ``sigma`` ``[B]`` to ``following`` ``[B]``."""
 
     x: Tensor
     sigma: Tensor
     timesteps: Tensor
     following: Tensor
     following_timesteps: Tensor  # 0 where the latent is clean
-    reached: Tensor  # by the teacher
+    reached: Tensor  # by the teacher, in several steps
     told: Conditions
 
 
@@ -72,13 +74,13 @@ def landing(step: Step) -> Tensor:
 
 
 def squared(clean: Tensor, step: Step) -> Tensor:
-    """The squared error of a student's clean latent, as that of its v: weighted by 1 + 1 / sigma^2 (arXiv 2202.00512)."""
+    """The squared error of a student's clean latent, weighted as that of its v is (arXiv 2202.00512)."""
     errors = (clean - landing(step)).square() * per_row(1 + step.sigma**-2, clean)
     return errors.mean()
 
 
 def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -> Noisy:
-    """Where a step ended, with noise added up to timesteps ``at`` ``[B]``, or left alone where it has as much already."""
+    """Where a step ended, with noise added up to timesteps ``at`` ``[B]``; as it is where it has as much already."""
     at = torch.maximum(at, step.following_timesteps)
     sigma = torch.maximum(sigmas[at], step.following)
     more = (sigma**2 - step.following**2).clamp_min(0).sqrt()
@@ -119,11 +121,9 @@ class Ground:
     device: str = "cpu"
 
 
-def a_step(
-    teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, rng_parts: tuple
-) -> Step:
-    """Scenes at random, each noised to the start of one of the student's steps, and walked by the teacher to its end."""
-    rng = seeded(*rng_parts)
+def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
+    """Scenes at random, each noised to where one of the student's steps begins; its teacher walks to the end."""
+    rng = seeded("distil", plan.name, number)
     clean, scenes = ground.latents.batch(ground.batch, rng)
     told = sayer([caption(scene, rng) for scene in scenes], ground.latents.size)
     guide = None
@@ -131,7 +131,7 @@ def a_step(
         away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
         guide = Guide(away, ground.card.guidance_strength)
     stride = plan.teacher_steps // plan.steps
-    first = stride * torch.randint(plan.steps, (ground.batch,))
+    first = stride * torch.randint(plan.steps, (ground.batch,)).to(ground.device)
     x = begun(clean.to(ground.device), torch.randn(clean.shape).to(ground.device), first, schedule)
     reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     end = first + stride
@@ -147,7 +147,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     torch.manual_seed(0)
     teacher_file = students / f"{plan.teacher}.safetensors" if plan.teacher else None
     teacher, unet = (
-        load_unet(ground.unet, ground.card, ground.device, torch.float32, file).to(memory_format=torch.channels_last)
+        load_unet(ground.unet, ground.card, ground.device, torch.float32, file).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for file in (teacher_file, None)
     )
     networks = nn.ModuleDict({"lora": LoRA(unet, ground.rank, ground.convolutions).to(ground.device)})
@@ -158,14 +158,16 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     if plan.objective != "squared":
         networks["judge"] = Discriminator(deepcopy(unet), plan.objective == "conditional").to(ground.device)
     lora.attach(unet)
-    shares = {"lora": 1.0, "judge": 0.1} if "judge" in networks else None
-    stage = Stage(folder / plan.name, networks, plan.peak, plan.updates, decay=0.99, save_every=100, shares=shares)
+    shares = {"lora": 1.0, "judge": JUDGES_SHARE} if "judge" in networks else None
+    stage = Stage(
+        folder / plan.name, networks, plan.peak, plan.updates, decay=0.99, save_every=SAVE_EVERY, shares=shares
+    )
 
     sayer = Sayer(ground.tokenizer, ground.encoders, ground.device)
     schedule = on(trailing_schedule(plan.teacher_steps), ground.device)
     sigmas = train_sigmas().to(ground.device)
     while stage.step < plan.updates:
-        step = a_step(teacher, ground, sayer, plan, schedule, ("distil", plan.name, stage.step))
+        step = a_step(teacher, ground, sayer, plan, schedule, stage.step)
         clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, ground.card.prediction)
         losses = {"squared": squared(clean, step)}
         if "judge" in networks:

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685) as it is trained: small changes beside the layers of a UNet that stays as it is."""
+"""LoRA (Hu et al., arXiv 2106.09685) in training: small changes beside the layers of a UNet that stays as it is."""
 
 from pathlib import Path
 

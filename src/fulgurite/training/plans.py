@@ -1,0 +1,37 @@
+"""Which students are trained, from whom, in which order."""
+
+from fulgurite.training.distil import Distillation
+
+
+def adversarial(
+    teacher: str | None, teacher_steps: int, steps: int, start: str, updates: tuple[int, int], anchor: float = 0.0
+) -> tuple[Distillation, Distillation]:
+    """A student trained against a judge that sees where steps begin, then against one that does not."""
+    knowing = Distillation(
+        f"{steps}-conditional", teacher, teacher_steps, steps, "conditional", start, updates[0], 3e-4, anchor
+    )
+    relaxed = Distillation(str(steps), teacher, teacher_steps, steps, "relaxed", knowing.name, updates[1], 2e-4, anchor)
+    return knowing, relaxed
+
+
+# SDXL-Lightning's own stages (arXiv 2402.13929): squared error with guidance once, then adversarially.
+PAPER = (
+    Distillation("32", None, 128, 32, "squared", None, 20_000, 5e-4),
+    *adversarial("32", 32, 8, "32", (10_000, 5_000)),
+    *adversarial("8", 8, 4, "8", (10_000, 5_000)),
+    *adversarial("4", 4, 2, "4", (10_000, 5_000)),
+    *adversarial("2", 2, 1, "2", (10_000, 5_000)),
+)
+
+# What two CPU cores bear: squared errors all the way down, so that students of any number of steps are there early;
+# then a judge for each, the squared error kept beside it.
+QUICK = (
+    Distillation("8-squared", None, 16, 8, "squared", None, 400, 2e-3),
+    Distillation("4-squared", "8-squared", 8, 4, "squared", "8-squared", 400, 2e-3),
+    Distillation("2-squared", "4-squared", 4, 2, "squared", "4-squared", 350, 2e-3),
+    Distillation("1-squared", "2-squared", 2, 1, "squared", "2-squared", 350, 2e-3),
+    *adversarial("8-squared", 8, 4, "4-squared", (120, 60), anchor=0.5),
+    *adversarial("4-squared", 4, 2, "2-squared", (120, 60), anchor=0.5),
+    *adversarial("2-squared", 2, 1, "1-squared", (120, 60), anchor=0.5),
+    *adversarial(None, 16, 8, "8-squared", (100, 50), anchor=0.5),
+)
