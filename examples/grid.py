@@ -1,5 +1,5 @@
-"""Draws docs/grid.jpg: a prompt a row; by the undistilled model in 20 steps, by its students in 8, 4, 2 and 1, and by the
-undistilled model in 4 for comparison. The first seed everywhere, none picked.
+"""Draws docs/grid.jpg: a prompt a row, by the undistilled model in 20 steps, its students in 8, 4, 2 and 1, and by the
+undistilled model in 4, 2 and 1 for comparison. The first seed everywhere, none picked.
 
 python examples/grid.py [docs/grid.jpg]
 """
@@ -12,12 +12,21 @@ from PIL import Image, ImageDraw, ImageFont
 from fulgurite import Pipeline
 
 SPARK, LIGHTNING = "fulgurite/spark", "fulgurite/spark-lightning"
-COLUMNS = ((SPARK, 20), (LIGHTNING, 8), (LIGHTNING, 4), (LIGHTNING, 2), (LIGHTNING, 1), (SPARK, 4))
+COLUMNS = (
+    (SPARK, 20),
+    (LIGHTNING, 8),
+    (LIGHTNING, 4),
+    (LIGHTNING, 2),
+    (LIGHTNING, 1),
+    (SPARK, 4),
+    (SPARK, 2),
+    (SPARK, 1),
+)
 PROMPTS = (
     "a rocket", "a red fox", "a panda, flat style", "a penguin on a blue background", "an octopus", "a sunflower",
     "a slice of pizza", "a castle", "a green car", "a guitar on a yellow background", "a robot", "a snowman",
 )  # fmt: skip
-SIDE, WORDS, HEAD = 128, 120, 20
+SIDE, WORDS, HEAD = 128, 136, 20
 
 
 def main(path: Path) -> None:

@@ -28,7 +28,7 @@ from fulgurite.weights.load import load_folder
 
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-READER_STEPS = 800  # of the judge that evaluates
+READER_STEPS = 500  # of the judge that evaluates
 
 
 @dataclass(frozen=True)
