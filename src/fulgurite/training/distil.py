@@ -42,7 +42,6 @@ class Distillation:
     start: str | None  # the student whose weights it begins with
     updates: int
     peak: float = 1e-3
-    anchor: float = 0.0  # the squared error's weight beside an adversarial objective
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,12 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     while stage.step < plan.updates:
         step = a_step(teacher, ground, sayer, plan, schedule, stage.step)
         clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, ground.card.prediction)
-        losses = {"squared": squared(clean, step)}
         if "judge" in networks:
             judge = networks["judge"]
             assert isinstance(judge, Discriminator)
-            losses = {"squared": plan.anchor * losses["squared"], **adversarial(judge, clean, step, sigmas)}
-        stage.update(losses)
+            stage.update(adversarial(judge, clean, step, sigmas))
+        else:
+            stage.update({"squared": squared(clean, step)})
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
     save_lora(average["lora"], path)
