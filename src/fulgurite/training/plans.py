@@ -10,7 +10,7 @@ def adversarial(
     knowing = Distillation(
         f"{steps}-conditional", teacher, teacher_steps, steps, "conditional", start, updates[0], 3e-4
     )
-    relaxed = Distillation(str(steps), teacher, teacher_steps, steps, "relaxed", knowing.name, updates[1], 2e-4, anchor)
+    relaxed = Distillation(str(steps), teacher, teacher_steps, steps, "relaxed", knowing.name, updates[1], 2e-4)
     return knowing, relaxed
 
 
