@@ -88,7 +88,7 @@ def test_another_size_is_said() -> None:
         (["fox", "--seed", "-1"], "--seed: "),
         (["fox", "--seed", str(2**64)], "--seed: "),
         (["fox", "--seed", str(2**64 - 1), "-n", "2"], "--seed: "),
-        (["fox", "--model", "acme/nope"], "There are: bytedance/stable-diffusion-xl-lightning, fulgurite/spark."),
+        (["fox", "--model", "acme/nope"], "There are: bytedance/stable-diffusion-xl-lightning, fulgurite/spark, "),
         (["fox", "-o", "fox.jpg"], "name it fox.png"),
         (["fox", "-o", "fox"], "name it fox.png"),
         (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere"),

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from fulgurite.cli_ledger import keys, usage
+from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 app.add_typer(keys, name="keys")
+app.add_typer(train, name="train")
 app.command()(usage)
 
 
@@ -267,26 +269,3 @@ def models() -> None:
         origin = {"embedded": "inside the package", "hub": "on the hub: pull them"}.get(card.weights.source, "here")
         table.add_row(card.id, steps, origin)
     Console().print(table)
-
-
-@app.command()
-def train(
-    work: Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")],
-    out: Annotated[Path, typer.Option(help="Where the finished weights go.")] = Path("spark"),
-    preset: Annotated[str, typer.Option(help="How much of everything: cpu or gpu.")] = "cpu",
-) -> None:
-    """Trains the small model from nothing, by the recipe that made the one inside the package."""
-    from importlib.util import find_spec
-    from shutil import which
-
-    if find_spec("resvg_py") is None:
-        raise FulguriteError("Training needs more packages: pip install 'fulgurite[train]'.")
-    if which("npm") is None:
-        raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
-
-    from fulgurite.training.recipe import PRESETS
-    from fulgurite.training.recipe import train as run
-
-    if preset not in PRESETS:
-        raise FulguriteError(f"--preset: there is no {preset!r}; there are {' and '.join(PRESETS)}.")
-    run(work, out, PRESETS[preset])

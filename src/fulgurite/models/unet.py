@@ -311,6 +311,24 @@ class UNet(nn.Module):
         Returns:
             The prediction ``[B, C, h, w]``.
         """
+        x, skips, embedding = self.encode(x, timestep, context, pooled, sizes, guidance)
+        for block in self.up_blocks:
+            x = block(x, skips, embedding, context, guidance)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def encode(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        sizes: Tensor,
+        guidance: AttentionGuidance | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The way down and through the middle: its features, what the way up takes from it, and the embedding.
+
+        The arguments are those of ``forward``, the features ``[B, widest, h / downscale, w / downscale]``.
+        """
         dtype = x.dtype
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.block_out_channels[0]).to(dtype))
         size_embedding = sinusoidal_embedding(sizes.flatten(), self.config.addition_time_embed_dim)
@@ -322,7 +340,4 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             x, more = block(x, embedding, context, guidance)
             skips += more
-        x = self.mid_block(x, embedding, context, guidance)
-        for block in self.up_blocks:
-            x = block(x, skips, embedding, context, guidance)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.mid_block(x, embedding, context, guidance), skips, embedding

@@ -20,13 +20,27 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 class Stage:
     """One stage's networks, optimizer and averaged weights, kept in ``folder`` so that a run can go on.
 
-    The average (EMA) is what ships: it is a few points better than the last step's weights.
+    The average (EMA) is what ships: it is a few points better than the last step's weights. ``shares`` are the
+    networks' own parts of the learning rate, where they differ.
     """
 
-    def __init__(self, folder: Path, networks: nn.ModuleDict, peak: float, steps: int, decay: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        networks: nn.ModuleDict,
+        peak: float,
+        steps: int,
+        decay: float,
+        save_every: int = 500,
+        shares: dict[str, float] | None = None,
+    ) -> None:
         self.folder, self.networks, self.peak, self.steps, self.decay = folder, networks, peak, steps, decay
+        self.save_every = save_every
         self.average = deepcopy(networks).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(networks.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        groups = [{"params": networks[name].parameters(), "share": share} for name, share in (shares or {}).items()]
+        self.optimizer = torch.optim.AdamW(
+            groups or networks.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01
+        )
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -34,9 +48,9 @@ class Stage:
             self._load(torch.load(self.checkpoint, weights_only=True))
 
     def update(self, losses: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on the sum of the losses; logs every 50 steps, saves every 500 and at the end."""
+        """One optimizer step on the sum of the losses; logs every 50 steps, saves now and then and at the end."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+            group["lr"] = learning_rate(self.step, self.steps, self.peak) * group.get("share", 1.0)
         sum(losses.values()).backward()  # type: ignore[union-attr]
         torch.nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
         self.optimizer.step()
@@ -50,7 +64,7 @@ class Stage:
             self.losses[name] = 0.95 * self.losses.get(name, loss.item()) + 0.05 * loss.item()
         if self.step % 50 == 0:
             self._log()
-        if self.step % 500 == 0 or self.step == self.steps:
+        if self.step % self.save_every == 0 or self.step == self.steps:
             self.save()
 
     def _log(self) -> None:

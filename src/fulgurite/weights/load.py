@@ -54,7 +54,9 @@ def locate(card: Card, steps: int) -> Files:
     if weights.source == "hub":
         return hub.cached_files(card, steps)
     if weights.source == "embedded":
-        return folder_files(Path(str(resources.files("fulgurite") / "embedded" / card.id.rpartition("/")[2])))
+        inside = Path(str(resources.files("fulgurite") / "embedded"))
+        files = folder_files(inside / weights.path)
+        return replace(files, lora=inside / weights.loras[str(steps)]) if weights.loras else files
 
     path = Path(weights.path)
     if path.is_dir():

@@ -1,0 +1,271 @@
+"""Distillation's parts: steps as the sampler makes them, objectives, the judge, LoRA files, runs that go on."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_weights
+from safetensors.torch import load_file, save_file
+from small_sdxl import FIRST, SECOND, UNET, roughened, write_tokenizer
+from torch import nn
+
+from fulgurite import Pipeline
+from fulgurite.cards import card
+from fulgurite.models import CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.pipeline import Conditions as Told
+from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
+from fulgurite.training import distil as distillation
+from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss
+from fulgurite.training.distil import (
+    Distillation,
+    Ground,
+    Step,
+    a_step,
+    adversarial,
+    begun,
+    distil,
+    landing,
+    renoised,
+    squared,
+)
+from fulgurite.training.evaluation import Reader, found, frechet, score
+from fulgurite.training.latents import LatentSet
+from fulgurite.training.low_rank import LoRA, save_lora
+from fulgurite.training.plans import PAPER, QUICK
+from fulgurite.training.scenes import random_scene
+from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.training.steps import Conditions, Guide, Sayer, walked
+from fulgurite.weights.load import load_unet
+
+CARD = replace(card("fulgurite/spark"), unet=UNET, text_encoders=(FIRST, SECOND))
+SQUARED = Distillation("4", None, 8, 4, "squared", None, updates=4)
+
+
+def conditions(rows: int) -> Conditions:
+    generator = torch.Generator().manual_seed(3)
+    context = torch.randn(rows, 5, UNET.cross_attention_dim, generator=generator)
+    return Conditions(context, torch.randn(rows, UNET.pooled_dim, generator=generator), torch.full((rows, 6), 64.0))
+
+
+def a_random_step(rows: int = 3) -> Step:
+    """Of a four-step student, from its steps 0, 1 and 3."""
+    torch.manual_seed(0)
+    schedule, first = trailing_schedule(4), torch.tensor([0, 1, 3])[:rows]
+    after = torch.cat([schedule.timesteps, torch.zeros(1, dtype=torch.long)])
+    return Step(
+        torch.randn(rows, 4, 8, 8), schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[first + 1],
+        after[first + 1], torch.randn(rows, 4, 8, 8), conditions(rows),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """A small undistilled model with random weights, and two scenes."""
+    folder = tmp_path_factory.mktemp("ground")
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    encoders = nn.ModuleDict({"text_encoder": CLIPTextEncoder(FIRST), "text_encoder_2": CLIPTextEncoder(SECOND)})
+    save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
+    things = [Thing(name, (), "objects", "some", {"3d": i}) for i, name in enumerate(("rocket", "fox", "tulip"))]
+    sprites = Sprites(things, np.full((3, SPRITE, SPRITE, 4), 255, np.uint8))
+    scenes = [random_scene(random.Random(number), sprites) for number in (1, 2)]
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float16)
+    shown = LatentSet((256, 256), latents, scenes)
+    tokenizer = Tokenizer.from_folder(folder, 24)
+    return Ground(CARD, folder / "unet.safetensors", tokenizer, encoders, shown, rank=2, convolutions=True, batch=2)
+
+
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+def test_a_teacher_walks_as_the_pipeline_draws(tiny: Pipeline, strength: float) -> None:
+    """With a network that is plain arithmetic, so that precision plays no part."""
+
+    class Arithmetic(nn.Module):
+        def forward(self, x, timestep, context, pooled, sizes, guidance=None):
+            return 0.4 * x + context.mean(dim=(1, 2))[:, None, None, None] + timestep[:, None, None, None] / 1000
+
+    schedule = trailing_schedule(4)
+    noise = starting_noise(5, (4, 8, 8), float(schedule.sigmas[0]))
+    both = torch.randn(2, 3, 16)
+    sizes, pooled = torch.full((1, 6), 64.0), torch.randn(2, 16)
+    unet = Arithmetic()
+    pipeline = Pipeline(tiny.card, replace(tiny.networks, unet=unet))
+    told = Told(both if strength != 1 else both[:1], pooled, sizes, strength, distilled=False)
+    drawn = pipeline._denoise(noise[None], schedule, told, None)
+
+    wanted, away = (Conditions(both[i : i + 1], pooled[i : i + 1], sizes) for i in (0, 1))
+    guide = Guide(away, strength) if strength != 1 else None
+    first = torch.zeros(1, dtype=torch.long)
+    torch.testing.assert_close(walked(unet, noise[None], first, 4, schedule, wanted, "v", guide), drawn)
+
+
+def test_a_student_that_lands_where_its_teacher_came_has_no_error() -> None:
+    step = a_random_step()
+    there = euler_step(step.x, landing(step), step.sigma, step.following)
+    torch.testing.assert_close(there, step.reached, atol=1e-4, rtol=1e-4)
+    assert squared(landing(step), step) == 0
+    assert squared(landing(step) + 1, step) > 1
+
+
+def test_steps_begin_at_their_noise_and_the_first_at_pure_noise() -> None:
+    schedule, first = trailing_schedule(4), torch.tensor([0, 2])
+    clean, noise = torch.full((2, 4, 8, 8), 5.0), torch.randn(2, 4, 8, 8)
+    x = begun(clean, noise, first, schedule)
+    assert torch.equal(x[0], schedule.sigmas[0] * noise[0])
+    torch.testing.assert_close(x[1] - schedule.sigmas[2] * noise[1], clean[1], atol=1e-4, rtol=1e-4)
+
+
+def test_noise_is_added_up_to_a_timestep_and_never_taken_away() -> None:
+    sigmas, following = train_sigmas(), torch.tensor([0, 249])
+    step = replace(
+        a_random_step(2), following=torch.stack([torch.zeros(()), sigmas[249]]), following_timesteps=following
+    )
+    x = torch.randn(2, 4, 64, 64) * torch.tensor([0.0, float(sigmas[249])]).view(2, 1, 1, 1)
+    low = renoised(x, step, torch.tensor([10, 10]), torch.randn_like(x), sigmas)
+    assert low.timesteps.tolist() == [10, 249]
+    torch.testing.assert_close(low.x[1], x[1] / (1 + sigmas[249] ** 2) ** 0.5)
+    high = renoised(x, step, torch.tensor([750, 750]), torch.randn_like(x), sigmas)
+    expected = sigmas[750] / (1 + sigmas[750] ** 2) ** 0.5
+    assert high.x.std(dim=(1, 2, 3)).numpy() == pytest.approx([float(expected)] * 2, rel=0.03)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (12, 20)])
+def test_the_judge_gives_a_row_a_logit(conditional: bool, size: tuple[int, int]) -> None:
+    judge = Discriminator(UNet(UNET), conditional)
+    assert not any(name.startswith("unet.up_blocks") for name, _ in judge.named_parameters())
+    told, timesteps = conditions(2), torch.tensor([10, 999])
+    end, begin, other = (Noisy(torch.randn(2, 4, *size), timesteps) for _ in range(3))
+    logits = judge(end, begin, told.context, told.pooled, told.sizes)
+    assert logits.shape == (2,)
+    elsewhere = judge(end, other, told.context, told.pooled, told.sizes)
+    assert torch.equal(logits, elsewhere) != conditional  # the relaxed one does not know where the step began
+
+
+def test_each_sides_loss_reaches_its_own_weights() -> None:
+    judge, step = Discriminator(roughened(UNet(UNET)), True), a_random_step()
+    clean = torch.randn(3, 4, 8, 8, requires_grad=True)
+    losses = adversarial(judge, clean, step, train_sigmas())
+    losses["adversarial"].backward()
+    assert clean.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in judge.parameters())
+    before, clean.grad = clean.grad, None
+    losses["judge"].backward()
+    assert clean.grad is None
+    assert before.shape == (3, 4, 8, 8)
+    assert judge.head.layers[0].weight.grad.abs().sum() > 0
+    assert judge.unet.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_a_judge_is_best_off_telling_them_apart() -> None:
+    sure, unsure = torch.full((4,), 9.0), torch.zeros(4)
+    assert judge_loss(sure, -sure) < 0.001 < judge_loss(unsure, unsure) < judge_loss(-sure, sure)
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_a_lora_is_read_back_as_it_was_trained(ground: Ground, tmp_path: Path, convolutions: bool) -> None:
+    unet = load_unet(ground.unet, CARD, "cpu", torch.float32)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), *vars(conditions(2)).values()
+    plain = unet(*inputs)
+    lora = LoRA(unet, 2, convolutions)
+    lora.attach(unet)
+    torch.testing.assert_close(unet(*inputs), plain)  # nothing is changed at first
+    roughened(lora)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.copy_(parameter.half())
+    save_lora(lora, tmp_path / "lora.safetensors")
+    merged = load_unet(ground.unet, CARD, "cpu", torch.float32, tmp_path / "lora.safetensors")
+    changed = unet(*inputs)
+    torch.testing.assert_close(merged(*inputs), changed, atol=1e-4, rtol=1e-4)
+    assert (changed - plain).abs().max() > 0.01
+    again = LoRA(UNet(UNET), 2, convolutions)
+    again.load(tmp_path / "lora.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lora.parameters(), strict=True))
+
+
+def test_a_run_that_stopped_goes_on_to_the_same_student(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = distil(SQUARED, ground, tmp_path / "students", tmp_path / "whole")
+    monkeypatch.setattr(distillation, "SAVE_EVERY", 1)
+
+    def stops(*arguments: object) -> Step:
+        if arguments[-1] == 2:
+            raise KeyboardInterrupt
+        return a_step(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distillation, "a_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distil(SQUARED, ground, tmp_path / "again", tmp_path / "parts")
+    monkeypatch.setattr(distillation, "a_step", a_step)
+    parts = distil(SQUARED, ground, tmp_path / "again", tmp_path / "parts")
+    first, second = load_file(whole), load_file(parts)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("objective", ["conditional", "relaxed"])
+def test_a_student_of_a_student_learns_against_a_judge(ground: Ground, tmp_path: Path, objective: str) -> None:
+    distil(SQUARED, ground, tmp_path, tmp_path / "work")
+    plan = Distillation("2", "4", 4, 2, objective, "4", updates=2, peak=1e-2)
+    before, after = load_file(tmp_path / "4.safetensors"), load_file(distil(plan, ground, tmp_path, tmp_path / "work"))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_guidance_is_in_the_first_teachers_steps_alone(ground: Ground) -> None:
+    sayer = Sayer(ground.tokenizer, ground.encoders, "cpu")
+    unet, schedule = load_unet(ground.unet, CARD, "cpu", torch.float32), trailing_schedule(8)
+    guided, plain = (
+        a_step(unet, ground, sayer, replace(SQUARED, teacher=teacher), schedule, 0) for teacher in (None, "8")
+    )
+    assert torch.equal(guided.told.context, plain.told.context)
+    assert not torch.equal(guided.reached, plain.reached)
+
+
+@pytest.mark.parametrize("plans", [PAPER, QUICK], ids=["paper", "quick"])
+def test_a_plan_names_students_that_are_there_by_then(plans: tuple[Distillation, ...]) -> None:
+    done: set[str] = set()
+    for plan in plans:
+        assert {plan.teacher, plan.start} - {None} <= done
+        assert plan.teacher_steps % plan.steps == 0
+        assert set(trailing_schedule(plan.steps).timesteps.tolist()) <= set(
+            trailing_schedule(plan.teacher_steps).timesteps.tolist()
+        )
+        done.add(plan.name)
+    assert {"8", "4", "2", "1"} <= done
+
+
+def test_distances_are_those_of_normal_distributions() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((20_000, 4))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet(a, 2 * a + 3) == pytest.approx(4 * (3**2 + 1), rel=0.02)
+
+
+def test_retrieval_is_one_for_the_right_captions_and_chance_for_any() -> None:
+    rows = 300
+    assert found(torch.eye(rows)).mean() == 1
+    assert found(torch.randn(rows, rows, generator=torch.Generator().manual_seed(0))).mean() < 0.05
+    features = np.random.default_rng(1).standard_normal((rows, 4))
+    result = score("some", features, np.arange(rows) % 2, features)
+    assert result.retrieval == pytest.approx((0.5, 1.96 * (0.25 / rows) ** 0.5))
+    assert result.distance[1] > 0
+
+
+def test_the_reader_puts_pictures_and_captions_in_one_space() -> None:
+    reader = Reader(600, 24).eval()
+    pictures, captions = reader.pictures(torch.randn(3, 3, 64, 64)), reader.captions(torch.full((2, 24), 599))[1]
+    assert reader.likeness(pictures, captions).shape == (3, 2)
+
+
+@needs_weights
+def test_the_students_inside_the_package_draw_in_their_steps() -> None:
+    of_model, base = card("fulgurite/spark-lightning"), Pipeline.load("fulgurite/spark")
+    for steps in of_model.schedules:
+        pipeline = Pipeline.load(of_model.id, steps=steps)
+        picture = pipeline("a red rocket", width=256, height=256, num_steps=steps, seed=7)
+        assert (picture.steps, picture.image.size) == (steps, (256, 256))
+        changed = pipeline.networks.unet.state_dict()
+        assert any(not torch.equal(changed[n], tensor) for n, tensor in base.networks.unet.state_dict().items())
