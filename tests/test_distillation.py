@@ -15,7 +15,7 @@ from torch import nn
 from fulgurite import Pipeline
 from fulgurite.cards import card
 from fulgurite.models import CLIPTextEncoder, Tokenizer, UNet
-from fulgurite.pipeline import Conditions as Told
+from fulgurite.pipeline import Plan, Request, Row
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
 from fulgurite.training import distil as distillation
 from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss
@@ -92,8 +92,11 @@ def test_a_teacher_walks_as_the_pipeline_draws(tiny: Pipeline, strength: float) 
     sizes, pooled = torch.full((1, 6), 64.0), torch.randn(2, 16)
     unet = Arithmetic()
     pipeline = Pipeline(tiny.card, replace(tiny.networks, unet=unet))
-    told = Told(both if strength != 1 else both[:1], pooled, sizes, strength, distilled=False)
-    drawn = pipeline._denoise(noise[None], schedule, told, None)
+    plan = Plan(4, strength, (64, 64), tuple(noise.shape), 2)
+    row = Row(Request("fox"), plan, schedule, both, pooled, sizes[0], noise, 0.0)
+    for _ in range(4):
+        pipeline.step([row], 2)
+    drawn = row.x[None]
 
     wanted, away = (Conditions(both[i : i + 1], pooled[i : i + 1], sizes) for i in (0, 1))
     guide = Guide(away, strength) if strength != 1 else None

@@ -19,7 +19,7 @@ from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.webhooks import Webhooks
 from fulgurite.settings import Settings
 
-DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark"}  # who answers for whom
+DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
