@@ -7,6 +7,7 @@ in one run. Load 1 is all that one picture at a time can do. Slowdown is latency
 
 import argparse
 import json
+import multiprocessing
 import platform
 import queue
 import random
@@ -14,8 +15,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -102,22 +104,44 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def own_times(pipeline: Pipeline) -> dict[int, float]:
-    """Seconds of a picture drawn alone, by its steps."""
-    chance = random.Random(0)
-    times = {}
+def ready(way: str) -> tuple[Submit, Callable[[], None]]:
+    """One way of serving, warm: how to ask it, and how to close it."""
+    pipeline, chance = Loader("cpu")(MODEL, 20), random.Random(0)
+    if way == "ours":
+        engine = Engine(lambda: Runner(OneLoaded(pipeline)), queue_size=100_000)
+        wait([engine.submit(MODEL, picture(chance, 8)) for _ in range(8)])  # batches are proven once
+        return lambda request: engine.submit(MODEL, request), engine.close
+    static = Static(pipeline, MOST if way == "static batches" else 1)
+    wait([static.submit(picture(chance, 8)) for _ in range(8)])
+    return static.submit, static.close
+
+
+def offer(way: str, rate: float, seconds: float, seed: int) -> list[tuple[int, float]]:
+    """What ``offered`` gives, of one way in a process of its own: threads of several would slow each other down."""
+    submit, close = ready(way)
+    found = offered(submit, rate, seconds, seed)
+    close()
+    return found
+
+
+def own_times() -> dict[int, float]:
+    """Seconds of a picture that nobody else waits beside, by its steps."""
+    submit, close = ready("one at a time")
+    chance, times = random.Random(0), {}
     for steps in STEPS:
         runs = []
-        for _ in range(9):
+        for _ in range(15):
             started = time.perf_counter()
-            pipeline.draw(picture(chance, steps))
+            submit(picture(chance, steps)).result()
             runs.append(time.perf_counter() - started)
         times[steps] = statistics.median(runs)
+    close()
     return times
 
 
-def overhead(pipeline: Pipeline) -> float:
+def overhead() -> float:
     """Milliseconds of a step of eight pictures, over a network that does nothing."""
+    pipeline = Loader("cpu")(MODEL, 20)
     networks = replace(pipeline.networks, unet=lambda x, *_: x)
     engine, times = Engine(lambda: Runner(OneLoaded(Pipeline(pipeline.card, networks, "cpu", pipeline.dtype)))), []
     jobs = [
@@ -148,32 +172,27 @@ class OneLoaded:
         return False
 
 
+def alone(call: Callable[..., Any], *arguments: object) -> Any:
+    """What a call gives in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(call, *arguments).result()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--seconds", type=float, default=40)
     arguments.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1])
     options = arguments.parse_args()
-    pipeline = Loader("cpu")(MODEL, 20)
-    own = own_times(pipeline)
+    own = alone(own_times)
     capacity = len(STEPS) / sum(own.values())
-    print(
-        f"alone, ms: {', '.join(f'{n} steps {1000 * s:.0f}' for n, s in own.items())}; one at a time: {capacity:.1f}/s"
-    )
-    spent = overhead(pipeline)
+    told = ", ".join(f"{n} steps {1000 * seconds:.0f}" for n, seconds in own.items())
+    print(f"alone, ms: {told}; one at a time: {capacity:.1f}/s")
+    spent = alone(overhead)
     print(f"the engine's own time in a step of 8 pictures: {spent:.2f} ms")
-
-    engine = Engine(lambda: Runner(OneLoaded(pipeline)), queue_size=100_000)
-    wait([engine.submit(MODEL, picture(random.Random(i), 8)) for i in range(8)])  # batches are proven once
-    one, static = Static(pipeline, 1), Static(pipeline, MOST)
-    ways: dict[str, Submit] = {
-        "ours": lambda request: engine.submit(MODEL, request),
-        "one at a time": one.submit,
-        "static batches": static.submit,
-    }
     rows = []
     for load in options.loads:
-        for name, submit in ways.items():
-            *found, (_, throughput) = offered(submit, load * capacity, options.seconds, seed=int(100 * load))
+        for name in ("ours", "one at a time", "static batches"):
+            *found, (_, throughput) = alone(offer, name, load * capacity, options.seconds, int(100 * load))
             row: dict[str, object] = {"load": load, "way": name, "throughput": round(throughput, 2)}
             for steps in STEPS:
                 slow = [latency / own[steps] for n, latency in found if n == steps]
@@ -181,8 +200,6 @@ def main() -> None:
             rows.append(row)
             shown = "  ".join(f"{n}: {row[f'p50_{n}']:>6} {row[f'p99_{n}']:>6}" for n in STEPS)
             print(f"load {load}  {name:<14}  {throughput:5.2f}/s  slowdown p50 p99 by steps  {shown}", flush=True)
-    for closing in (engine, one, static):
-        closing.close()
     machine = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     print(json.dumps({"machine": machine, "own_seconds": own, "overhead_ms": spent, "rows": rows}))
 

@@ -215,10 +215,12 @@ def test_a_built_folder_opens_with_the_things_asked_for(sprites: Sprites, tmp_pa
 
 def test_the_train_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py")
-    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    npm = tmp_path / "npm"
+    npm.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     wrong = CliRunner().invoke(app, ["train", "recipe", str(tmp_path), "--preset", "tpu"])
     assert (wrong.exit_code, "there are cpu and gpu" in wrong.output) == (1, True)
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    npm.unlink()
     missing = CliRunner().invoke(app, ["train", "recipe", str(tmp_path)])
     assert (missing.exit_code, "npm, which is not installed" in missing.output) == (1, True)
 

@@ -1,9 +1,9 @@
 """`fulgurite train`: the small model from nothing, its students of few steps, and what they are worth."""
 
+import shutil
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,7 +25,7 @@ def checked(preset: str) -> "Preset":
     """The preset of this name, on a machine that has what training needs."""
     if find_spec("resvg_py") is None:
         raise FulguriteError("Training needs more packages: pip install 'fulgurite[train]'.")
-    if which("npm") is None:
+    if shutil.which("npm") is None:
         raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
     from fulgurite.training.recipe import PRESETS
 
