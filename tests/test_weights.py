@@ -108,7 +108,7 @@ def test_the_embedded_folder(folder, pipeline, tmp_path, monkeypatch):
     (tmp_path / "embedded").mkdir()
     (tmp_path / "embedded/tiny").symlink_to(folder)
     monkeypatch.setattr("fulgurite.weights.load.resources.files", lambda package: tmp_path)
-    card = small.small_card(id="fulgurite/tiny", weights=Weights(source="embedded"))
+    card = small.small_card(id="fulgurite/tiny", weights=Weights(source="embedded", path="tiny"))
     assert_all_equal(load(card), pipeline)
 
 
