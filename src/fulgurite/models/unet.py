@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.models.layers import DotProductAttention, GroupNormSiLU
+
 NAG_TAU = 2.5  # how much longer than the unguided output the guided one may be, by L1 norm: the paper's
 NAG_ALPHA = 0.5  # the guided output's share in the blend: the paper's
 
@@ -77,19 +79,19 @@ class EmbeddingMLP(nn.Module):
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.changes_channels = in_channels != out_channels
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, h, w], [B, T]
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return h + (self.conv_shortcut(x) if self.changes_channels else x)
 
 
@@ -98,7 +100,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.attend = DotProductAttention(head_dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
@@ -108,17 +110,11 @@ class Attention(nn.Module):
         self, x: Tensor, context: Tensor, guidance: AttentionGuidance | None = None
     ) -> Tensor:  # [B, S, D], [B, L, C]
         q = self.to_q(x)
-        attended = self._attend(q, context)
+        attended = self.attend(q, self.to_k(context), self.to_v(context))
         if guidance is not None:
-            attended = guidance(attended, self._attend(q, guidance.context))
+            unwanted = self.attend(q, self.to_k(guidance.context), self.to_v(guidance.context))
+            attended = guidance(attended, unwanted)
         return self.to_out[0](attended)
-
-    def _attend(self, q: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, S or L, head_dim]
-            for y in (q, self.to_k(context), self.to_v(context))
-        )
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class GEGLU(nn.Module):
@@ -286,7 +282,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock(i, config) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(i, config) for i in reversed(range(len(widths))))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(
@@ -314,7 +310,7 @@ class UNet(nn.Module):
         x, skips, embedding = self.encode(x, timestep, context, pooled, sizes, guidance)
         for block in self.up_blocks:
             x = block(x, skips, embedding, context, guidance)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def encode(
         self,

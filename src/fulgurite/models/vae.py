@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.models.layers import DotProductAttention, GroupNormSiLU
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -30,17 +32,17 @@ class VAEConfig:
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
         self.changes_channels = in_channels != out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (self.conv_shortcut(x) if self.changes_channels else x)
 
 
@@ -50,15 +52,16 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.attend = DotProductAttention(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, h * w, C]
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h[:, 0]).transpose(1, 2).unflatten(2, (x.shape[2], -1))
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, h * w, C]
+        h = self.attend(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).transpose(1, 2).unflatten(2, (x.shape[2], -1))
 
 
 class Downsample(nn.Module):
@@ -125,14 +128,14 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -145,14 +148,14 @@ class Decoder(nn.Module):
             DecoderBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, grows=i < len(widths) - 1)
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class VAE(nn.Module):
