@@ -3,9 +3,13 @@
 Open-loop Poisson arrivals of pictures of 1, 2, 4 and 8 steps, several sizes and prompts that repeat, drawn by the
 embedded model: by our engine, by one picture at a time, and by static batches of equal requests, over the same networks
 in one run. Load 1 is all that one picture at a time can do. Slowdown is latency over the request's own time alone.
+
+The model is the distilled one, which has a UNet for each number of steps, as SDXL-Lightning has: pictures share a step
+only with those of as many steps. `--model fulgurite/spark` draws any number of steps with one UNet.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import platform
@@ -14,37 +18,102 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from fulgurite import Picture, Pipeline, Request
-from fulgurite.engine import Engine, Loader, Runner
+from fulgurite.engine import Engine, Load, Loader, Runner
+from fulgurite.engine.batches import most_rows
+from fulgurite.pipeline import plan
 
-MODEL = "fulgurite/spark"
 STEPS = (1, 2, 4, 8)
+WAYS = ("ours", "one at a time", "static batches")
+SIZES = ((256, 256), (320, 256), (256, 384))
 PROMPTS = [
     f"a {color} {thing}" for color in ("red", "blue", "golden", "dark green") for thing in ("fox", "boat", "tree")
 ]
-SIZES = ((256, 256), (320, 256), (256, 384))
-MOST = 8  # pictures in a static batch: as many as the engine's sixteen rows hold
 Submit = Callable[[Request], "Future[Picture]"]
 
 
-def picture(chance: random.Random, steps: int | None = None) -> Request:
-    width, height = chance.choice(SIZES)
-    steps = steps or chance.choice(STEPS)
-    return Request(chance.choice(PROMPTS), "", height, width, steps, seed=chance.getrandbits(32))
+@dataclass(frozen=True)
+class Bench:
+    """What is asked of whom."""
+
+    model: str
+    make_load: Callable[[], Load]
+    sizes: Sequence[tuple[int, int]]  # widths and heights, each as often as the others
+    exact: bool = True
+
+    def picture(self, chance: random.Random, steps: int | None = None) -> Request:
+        width, height = chance.choice(self.sizes)
+        steps = steps or chance.choice(STEPS)
+        return Request(chance.choice(PROMPTS), "", height, width, steps, seed=chance.getrandbits(32))
+
+    def ready(self, way: str) -> tuple[Submit, Callable[[], None]]:
+        """One way of serving, warm: how to ask it, and how to close it."""
+        load, chance = self.make_load(), random.Random(0)
+        warm = [self.picture(chance, steps) for steps in STEPS for _ in range(16)]
+        if way == "ours":
+            engine = Engine(lambda: Runner(load, exact=self.exact), queue_size=100_000)
+            wait([engine.submit(self.model, request) for request in warm])  # batches are proven once
+            return partial(engine.submit, self.model), engine.close
+        static = Static(partial(load, self.model), most_alike if way == "static batches" else lambda *_: 1)
+        wait([static.submit(request) for request in warm])
+        return static.submit, static.close
+
+    def offer(self, way: str, rate: float, seconds: float, seed: int) -> list[tuple[int, float]]:
+        """What ``offered`` gives, of one way."""
+        submit, close = self.ready(way)
+        found = offered(submit, self.picture, rate, seconds, seed)
+        close()
+        return found
+
+    def own_times(self) -> dict[int, float]:
+        """Seconds of a picture that nobody else waits beside, by its steps."""
+        submit, close = self.ready("one at a time")
+        chance, times = random.Random(0), {}
+        for steps in STEPS:
+            runs = []
+            for _ in range(15):
+                started = time.perf_counter()
+                submit(self.picture(chance, steps)).result()
+                runs.append(time.perf_counter() - started)
+            times[steps] = statistics.median(runs)
+        close()
+        return times
+
+    def overhead(self) -> float:
+        """Milliseconds between two evaluations of a network for eight pictures, over one that does nothing."""
+        calls: list[tuple[float, int, float]] = []  # when it was called, for how many rows, and when it returned
+
+        def nothing(x: torch.Tensor, *_: object) -> torch.Tensor:
+            called = time.perf_counter()
+            result = torch.zeros_like(x)
+            calls.append((called, len(x), time.perf_counter()))
+            return result
+
+        pipeline = self.make_load()(self.model, max(STEPS))
+        idle = Pipeline(pipeline.card, replace(pipeline.networks, unet=nothing), str(pipeline.device), pipeline.dtype)
+        engine, (width, height) = Engine(lambda: Runner(OneLoaded(idle))), self.sizes[0]
+        for _ in range(20):
+            asked = [Request(PROMPTS[i], "", height, width, max(STEPS)) for i in range(8)]
+            wait([engine.submit(self.model, request, lambda *_: None) for request in asked])
+        engine.close()
+        rows = max(n for _, n, _ in calls)
+        gaps = [b[0] - a[2] for a, b in itertools.pairwise(calls) if a[1] == b[1] == rows]
+        return 1000 * statistics.median(gaps)
 
 
 class Static:
-    """Takes what is first and all that equal it in steps and size, up to ``most``, and draws them to the end."""
+    """Takes what is first and, up to ``most``, all that equal it in steps and size, and draws them to the end."""
 
-    def __init__(self, pipeline: Pipeline, most: int) -> None:
-        self._pipeline, self._most = pipeline, most
+    def __init__(self, pipeline_for: Callable[[int], Pipeline], most: Callable[[Request, Pipeline], int]) -> None:
+        self._pipeline_for, self._most = pipeline_for, most
         self._waiting: list[tuple[Request, Future[Picture]]] = []
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._work)
@@ -65,11 +134,12 @@ class Static:
 
     def _work(self) -> None:
         while batch := self._batch():
-            rows = [self._pipeline.start(request, self._pipeline.encode) for request, _ in batch]
+            pipeline = self._pipeline_for(batch[0][0].num_steps)
+            rows = [pipeline.start(request, pipeline.encode) for request, _ in batch]
             for _ in range(rows[0].plan.steps):
-                self._pipeline.step(rows, 2 * len(rows))
+                pipeline.step(rows, sum(row.plan.network_rows for row in rows))
             for row, (_, job) in zip(rows, batch, strict=True):
-                job.set_result(self._pipeline.finish(row))
+                job.set_result(pipeline.finish(row))
 
     def _batch(self) -> list[tuple[Request, Future[Picture]]]:
         def kind(request: Request) -> tuple[int, int, int]:
@@ -77,12 +147,24 @@ class Static:
 
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            equal = [one for one in self._waiting if kind(one[0]) == kind(self._waiting[0][0])][: self._most]
+            if not self._waiting:
+                return []
+            first = self._waiting[0][0]
+            equal = [one for one in self._waiting if kind(one[0]) == kind(first)]
+            equal = equal[: self._most(first, self._pipeline_for(first.num_steps))]
             self._waiting = [one for one in self._waiting if one not in equal]
             return equal
 
 
-def offered(submit: Submit, rate: float, seconds: float, seed: int) -> list[tuple[int, float]]:
+def most_alike(request: Request, pipeline: Pipeline) -> int:
+    """Pictures in a static batch: as many as our engine would step together."""
+    to = plan(pipeline.card, request)
+    return most_rows(pipeline.device.type == "cuda", to.latent_shape) // to.network_rows
+
+
+def offered(
+    submit: Submit, picture: Callable[[random.Random], Request], rate: float, seconds: float, seed: int
+) -> list[tuple[int, float]]:
     """Steps and latency of each picture, of so many arrivals a second; all are waited for. Then the throughput."""
     chance, ended = random.Random(seed), queue.SimpleQueue[tuple[int, float]]()
     started = due = time.perf_counter()
@@ -95,65 +177,14 @@ def offered(submit: Submit, rate: float, seconds: float, seed: int) -> list[tupl
             lambda _, n=request.num_steps, due=due: ended.put((n, time.perf_counter() - due))  # type: ignore[misc]
         )
         jobs.append(job)
-    wait(jobs)
+    for job in jobs:
+        job.result()
     found = [ended.get() for _ in jobs]
     return [*found, (0, len(jobs) / (time.perf_counter() - started))]
 
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def ready(way: str) -> tuple[Submit, Callable[[], None]]:
-    """One way of serving, warm: how to ask it, and how to close it."""
-    pipeline, chance = Loader("cpu")(MODEL, 20), random.Random(0)
-    if way == "ours":
-        engine = Engine(lambda: Runner(OneLoaded(pipeline)), queue_size=100_000)
-        wait([engine.submit(MODEL, picture(chance, 8)) for _ in range(8)])  # batches are proven once
-        return lambda request: engine.submit(MODEL, request), engine.close
-    static = Static(pipeline, MOST if way == "static batches" else 1)
-    wait([static.submit(picture(chance, 8)) for _ in range(8)])
-    return static.submit, static.close
-
-
-def offer(way: str, rate: float, seconds: float, seed: int) -> list[tuple[int, float]]:
-    """What ``offered`` gives, of one way in a process of its own: threads of several would slow each other down."""
-    submit, close = ready(way)
-    found = offered(submit, rate, seconds, seed)
-    close()
-    return found
-
-
-def own_times() -> dict[int, float]:
-    """Seconds of a picture that nobody else waits beside, by its steps."""
-    submit, close = ready("one at a time")
-    chance, times = random.Random(0), {}
-    for steps in STEPS:
-        runs = []
-        for _ in range(15):
-            started = time.perf_counter()
-            submit(picture(chance, steps)).result()
-            runs.append(time.perf_counter() - started)
-        times[steps] = statistics.median(runs)
-    close()
-    return times
-
-
-def overhead() -> float:
-    """Milliseconds of a step of eight pictures, over a network that does nothing."""
-    pipeline = Loader("cpu")(MODEL, 20)
-    networks = replace(pipeline.networks, unet=lambda x, *_: x)
-    engine, times = Engine(lambda: Runner(OneLoaded(Pipeline(pipeline.card, networks, "cpu", pipeline.dtype)))), []
-    jobs = [
-        engine.submit(MODEL, Request(f"a fox {i}", num_steps=20), lambda *_: times.append(time.perf_counter()))
-        for i in range(8)
-    ]
-    wait(jobs)
-    stats = engine.stats()
-    engine.close()
-    middle = times[len(times) // 4 : -len(times) // 4]
-    per_step = stats["rows"] / 2 / stats["steps"]
-    return 1000 * (middle[-1] - middle[0]) / (len(middle) / per_step)
 
 
 class OneLoaded:
@@ -168,32 +199,29 @@ class OneLoaded:
     def switch_seconds(self, model: str, steps: int) -> float:
         return 0.0
 
-    def drop_others(self, model: str, steps: int) -> bool:
-        return False
+    def drop_others(self, model: str, steps: int) -> None:
+        pass
 
 
 def alone(call: Callable[..., Any], *arguments: object) -> Any:
-    """What a call gives in a new process."""
+    """What a call gives in a new process: threads of several ways in one would slow each other down."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(call, *arguments).result()
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--seconds", type=float, default=40)
-    arguments.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1])
-    options = arguments.parse_args()
-    own = alone(own_times)
+def measured(bench: Bench, loads: Sequence[float], seconds: float, run: Callable[..., Any] = alone) -> dict[str, Any]:
+    """Offers each load to each way, printing a line for each; everything found, ready for JSON."""
+    own = run(bench.own_times)
     capacity = len(STEPS) / sum(own.values())
     told = ", ".join(f"{n} steps {1000 * seconds:.0f}" for n, seconds in own.items())
-    print(f"alone, ms: {told}; one at a time: {capacity:.1f}/s")
-    spent = alone(overhead)
-    print(f"the engine's own time in a step of 8 pictures: {spent:.2f} ms")
+    print(f"alone, ms: {told}; one at a time: {capacity:.2f}/s")
+    spent = run(bench.overhead)
+    print(f"the engine's own time between two steps of 8 pictures: {spent:.2f} ms", flush=True)
     rows = []
-    for load in options.loads:
-        for name in ("ours", "one at a time", "static batches"):
-            *found, (_, throughput) = alone(offer, name, load * capacity, options.seconds, int(100 * load))
-            row: dict[str, object] = {"load": load, "way": name, "throughput": round(throughput, 2)}
+    for load in loads:
+        for name in WAYS:
+            *found, (_, throughput) = run(bench.offer, name, load * capacity, seconds, int(100 * load))
+            row: dict[str, object] = {"load": load, "way": name, "pictures": len(found), "throughput": throughput}
             for steps in STEPS:
                 slow = [latency / own[steps] for n, latency in found if n == steps]
                 row[f"p50_{steps}"], row[f"p99_{steps}"] = (round(percentile(slow, share), 2) for share in (0.5, 0.99))
@@ -201,7 +229,18 @@ def main() -> None:
             shown = "  ".join(f"{n}: {row[f'p50_{n}']:>6} {row[f'p99_{n}']:>6}" for n in STEPS)
             print(f"load {load}  {name:<14}  {throughput:5.2f}/s  slowdown p50 p99 by steps  {shown}", flush=True)
     machine = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps({"machine": machine, "own_seconds": own, "overhead_ms": spent, "rows": rows}))
+    return {"machine": machine, "model": bench.model, "own_seconds": own, "overhead_ms": spent, "rows": rows}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--model", default="fulgurite/spark-lightning")
+    arguments.add_argument("--seconds", type=float, default=40)
+    arguments.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1])
+    arguments.add_argument("--inexact", action="store_true", help="our engine with its setting `exact` off")
+    options = arguments.parse_args()
+    bench = Bench(options.model, partial(Loader, "cpu"), SIZES, not options.inexact)
+    print(json.dumps(measured(bench, options.loads, options.seconds)))
 
 
 if __name__ == "__main__":

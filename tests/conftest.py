@@ -144,8 +144,8 @@ class Loads:
     def switch_seconds(self, model: str, steps: int) -> float:
         return 0.0
 
-    def drop_others(self, model: str, steps: int) -> bool:
-        return False
+    def drop_others(self, model: str, steps: int) -> None:
+        pass
 
 
 def engine_of(pipeline: Stages, **options: Any) -> Engine:

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.engine.scheduler import Group, Scheduler, Task, Work
+from fulgurite.engine.scheduler import AMORTIZED, KNOWN_GROUPS, Group, Scheduler, Task, Work
 
 GROUPS = [Group("m", 0, (4, 8, 8)), Group("m", 0, (4, 8, 16)), Group("n", 4, (4, 8, 8))]
 STEP, DECODE = 0.01, 0.005
@@ -89,17 +89,33 @@ def test_short_jobs_go_before_long_ones() -> None:
 
 
 def test_no_group_starves_and_switching_is_paid_for_first() -> None:
-    """A group whose weights are away waits until the others have had as much as fetching them costs, not for ever."""
-    here = [GROUPS[0]]
-    scheduler, now, switches = Scheduler(rows=4, switch_seconds=lambda group: 0.0 if group in here else 0.5), 0.0, 0
-    for _ in range(200):
-        for group in GROUPS[:2]:
+    """Only one group has its weights here: fetching takes a fifth of the time at most, and each has its turn."""
+    fetching, here = 0.1, GROUPS[0]
+    scheduler, now, fetched = Scheduler(rows=4, switch_seconds=lambda group: fetching * (group != here)), 0.0, 0.0
+    for _ in range(2000):
+        for group in GROUPS:
             scheduler.add(Task(group, "a", 1, 4, now))
-    served = dict.fromkeys(GROUPS[:2], 0)
-    while now < 4 and all(any(task.group == group for task in scheduler.tasks()) for group in GROUPS[:2]):
-        work, now = run(scheduler, now)
-        served[work.group] += 1
-        switches += work.group not in here
-        here[:] = [work.group]
-    assert min(served.values()) > 0
-    assert 1 <= switches <= 10
+    served, waited = dict.fromkeys(GROUPS, 0.0), 0.0
+    while now < 20:
+        began, work = now, scheduler.next(now)
+        assert work
+        if work.group != here:
+            here, now, fetched = work.group, now + fetching, fetched + fetching
+        now += {"encode": 0.001, "step": STEP, "decode": DECODE}[work.stage]
+        scheduler.ran(work, work.tasks, now - began, 4)
+        if work.stage == "decode":
+            scheduler.remove(work.tasks[0])
+        waited = max(waited, *(now - last for last in served.values()))
+        served[work.group] = now
+    assert 0 < fetched < now / (1 + AMORTIZED)
+    assert waited < 2 * AMORTIZED * fetching * len(GROUPS)
+
+
+def test_of_groups_that_went_only_so_many_are_remembered() -> None:
+    scheduler = Scheduler()
+    for width in range(2 * KNOWN_GROUPS):
+        task = Task(Group("m", 0, (4, 8, width)), "a", 1, 1, 0.0)
+        scheduler.add(task)
+        scheduler.remove(task)
+    assert not scheduler.tasks()
+    assert len(scheduler._empty) == KNOWN_GROUPS

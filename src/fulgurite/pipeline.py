@@ -237,21 +237,28 @@ class Pipeline:
     def agrees(self, latent_size: tuple[int, int], parts: Sequence[int]) -> bool:
         """Whether one batch gives every row the same bits as the batches of ``parts`` rows that it is cut into.
 
-        Found out with random rows: which kernels run depends on shapes alone, not on what is in them.
+        Found out with random rows: which kernels run depends on shapes alone, not on what is in them. Of a distilled
+        model every other row is guided, as any may be; guided or not, it runs the kernels that it runs beside such.
         """
         numbers, size, config = torch.Generator().manual_seed(0), sum(parts), self.card.unet
+        context = size, self.networks.tokenizers[0].length, config.cross_attention_dim
         inputs = [
             torch.randn(size, config.in_channels, *latent_size, generator=numbers).to(self.dtype),
             torch.randint(TRAIN_STEPS, (size,), generator=numbers),
-            torch.randn(size, self.networks.tokenizers[0].length, config.cross_attention_dim, generator=numbers).to(
-                self.dtype
-            ),
+            torch.randn(context, generator=numbers).to(self.dtype),
             torch.randn(size, config.pooled_dim, generator=numbers).to(self.dtype),
             torch.randint(256, 2048, (size, 6), generator=numbers).float(),
+            torch.randn(context, generator=numbers).to(self.dtype),
+            1.0 + torch.arange(size) % 2,
         ]
         inputs = [values.to(self.device) for values in inputs]
+
+        def evaluate(*rows: Tensor) -> Tensor:
+            *inputs, avoided, strength = rows
+            return self.networks.unet(*inputs, AttentionGuidance(avoided, strength) if self.card.schedules else None)
+
         cut = zip(*(values.split(list(parts)) for values in inputs), strict=True)
-        return torch.equal(self.networks.unet(*inputs), torch.cat([self.networks.unet(*part) for part in cut]))
+        return torch.equal(evaluate(*inputs), torch.cat([evaluate(*part) for part in cut]))
 
 
 def usual_dtype(device: str) -> torch.dtype:

@@ -47,6 +47,7 @@ class Engine:
         self._scheduler = Scheduler()
         self._counts = {"done": 0, "failed": 0, "steps": 0, "rows": 0}
         self._loaded = self._closed = False
+        self._futile_threads = 0  # that died one after the other without having run anything
         self._changed = threading.Condition()  # with a lock that a thread may take twice
         self._start()
         self._watchdog = threading.Thread(target=self._watch, name="engine-watchdog", daemon=True)
@@ -157,19 +158,15 @@ class Engine:
         with self._changed:
             if threading.current_thread() is not self._thread:
                 return
-            self._loaded = True
+            self._loaded, self._futile_threads = True, 0
             self._scheduler.ran(work, [jobs[drawing].task for drawing in outcome.moved], seconds, outcome.capacity)
             self._counts["steps"] += outcome.ran > 0
             self._counts["rows"] += outcome.ran
-            latest = time.monotonic() - self._deadline_seconds
-            late = [job for task, job in self._jobs.items() if task.arrived < latest]
         for drawing, picture in outcome.pictures.items():
             if self._take(jobs[drawing].task, "done"):
                 jobs[drawing].set_result(picture)
         for drawing, error in outcome.failed.items():
             self._fail(jobs[drawing], error)
-        for job in late:
-            self._fail(job, BusyError(f"It was not made within {self._deadline_seconds:g} s.", retry_after=60))
 
     def _take(self, task: Task, count: str = "") -> bool:
         """Takes a job out. False: somebody else has, and ends its future."""
@@ -183,23 +180,36 @@ class Engine:
 
     def _fail(self, job: Job, error: Exception) -> None:
         if self._take(job.task, "" if isinstance(error, BusyError) else "failed"):
-            if not job.running() and not job.set_running_or_notify_cancel():
-                return
-            job.set_exception(error)
+            end(job, error)
 
     def _watch(self) -> None:
-        """Looks whether the thread lives and moves; if not, its jobs fail and another thread takes over."""
+        """Gives late jobs up, and looks whether the thread lives and moves.
+
+        If not, the jobs that it had begun fail, and another thread takes over; if that dies at once, all jobs fail.
+        """
         while True:
+            lost: list[Job] = []
             with self._changed:
                 if self._closed:
                     return
                 hangs = time.monotonic() - self._busy_since > self._hang_seconds
-                lost: list[Job] = []
                 if hangs or not self._thread.is_alive():
                     log.error("The engine's thread %s. Another one takes over.", "hangs" if hangs else "died")
-                    lost = [job for job in self._jobs.values() if job.running()]
+                    self._futile_threads += 1
+                    begun = [job for job in self._jobs.values() if job.running() or self._futile_threads > 1]
+                    lost = [job for job in begun if self._take(job.task, "failed")]  # before it takes them up again
                     self._start()
+                latest = time.monotonic() - self._deadline_seconds
+                late = [job for task, job in self._jobs.items() if task.arrived < latest]
             for job in lost:
-                self._fail(job, DeviceError("The device stopped answering, so this picture is lost. Try again."))
+                end(job, DeviceError("The device stopped answering, so this picture is lost. Try again."))
+            for job in late:
+                self._fail(job, BusyError(f"It was not made within {self._deadline_seconds:g} s.", retry_after=60))
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, LOOK_SECONDS)
+
+
+def end(job: Job, error: Exception) -> None:
+    """Ends a job that was taken out, unless it was cancelled meanwhile."""
+    if job.running() or job.set_running_or_notify_cancel():
+        job.set_exception(error)

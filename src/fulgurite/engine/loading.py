@@ -3,6 +3,7 @@
 import os
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -32,8 +33,10 @@ def checkpoint(of_model: Card, steps: int) -> int:
 class Loader:
     """Gives the pipeline for a model and a number of steps.
 
-    A model's checkpoints share their text encoders and VAE. Its UNets stay, the least recently used going first, as
-    long as all of them come to at most ``most_bytes``, or else to half the device's memory.
+    A model's checkpoints share their text encoders and VAE. UNets stay, the least recently used going first, as long as
+    all of them come to at most ``most_bytes``, or else to half the device's memory. LoRA checkpoints share the UNet
+    that they change: while any of them is here it stays on the device too, if there is room for it and one of them, so
+    that a checkpoint that went comes back by a few small products, the same to the bit.
     """
 
     def __init__(self, device: str, most_bytes: int | None = None) -> None:
@@ -47,10 +50,12 @@ class Loader:
         name = model, checkpoint(of_model, steps)
         if name not in self._loaded:
             started = time.monotonic()
-            like = next((kept.networks for (other, _), kept in self._loaded.items() if other == model), None)
+            alike = [kept.networks for (other, _), kept in self._loaded.items() if other == model]
+            like = max(alike, key=lambda networks: networks.base is not None, default=None)
             while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
             self._loaded[name] = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
+            self._make_room_for_base()
             self._seconds[model] = time.monotonic() - started
         self._loaded.move_to_end(name)
         return self._loaded[name]
@@ -59,15 +64,29 @@ class Loader:
         """What it costs to get a checkpoint ready: nothing while it is here."""
         return 0.0 if (model, steps) in self._loaded else self._seconds.get(model, 1.0)
 
-    def drop_others(self, model: str, steps: int) -> bool:
-        """Gives up every other checkpoint, to make room. False: there was none."""
-        others = [name for name in self._loaded if name != (model, steps)]
-        for name in others:
+    def drop_others(self, model: str, steps: int) -> None:
+        """Gives up everything that another checkpoint needs, to make room."""
+        for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
-        return bool(others)
+        self._drop_bases()
+
+    def _make_room_for_base(self) -> None:
+        """Keeps the newest checkpoint, and of the others and the UNet that it is a LoRA on what there is room for."""
+        while len(self._loaded) > 1 and self._bytes() > self._most_bytes:
+            self._loaded.popitem(last=False)
+        if self._bytes() > self._most_bytes:
+            self._drop_bases()
+
+    def _drop_bases(self) -> None:
+        for kept in self._loaded.values():
+            kept.networks = replace(kept.networks, base=None)
 
     def _bytes(self) -> int:
-        return sum(unet_bytes(kept.card.unet, self.dtype) for kept in self._loaded.values())
+        """Of the UNets and what they are LoRAs on. On a CPU that is the file itself, mapped: no memory of ours."""
+        bases = {id(kept.networks.base): kept.networks.base or {} for kept in self._loaded.values()}
+        tensors = [tensor for base in bases.values() for tensor in base.values() if tensor.device.type != "cpu"]
+        unets = sum(unet_bytes(kept.card.unet, self.dtype) for kept in self._loaded.values())
+        return unets + sum(tensor.nbytes for tensor in tensors)
 
 
 @cache

@@ -36,7 +36,7 @@ class Load(Protocol):
 
     def __call__(self, model: str, steps: int) -> Stages: ...
     def switch_seconds(self, model: str, steps: int) -> float: ...
-    def drop_others(self, model: str, steps: int) -> bool: ...
+    def drop_others(self, model: str, steps: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class Runner:
     def __init__(self, load: Load, *, exact: bool = True, cache_bytes: int = CACHE_BYTES) -> None:
         self._load, self._exact = load, exact
         self._cache = PromptCache(cache_bytes)
-        self._batches: dict[Group, Batches] = {}
+        self._batches: dict[tuple[str, tuple[int, int, int]], Batches] = {}  # of each model and latent shape
 
     def switch_seconds(self, group: Group) -> float:
         return self._load.switch_seconds(group.model, group.steps)
@@ -177,12 +177,24 @@ class Runner:
                 raise OutOfMemoryError from again
 
     def _batches_of(self, group: Group, pipeline: Stages) -> Batches:
-        if group not in self._batches:
-            shape = group.latent_shape
+        shape = group.latent_shape
+        if (group.model, shape) not in self._batches:
             smallest = smallest_batch(pipeline.card, pipeline.device, shape)
-            agrees = partial(pipeline.agrees, shape[1:]) if self._exact else None
-            self._batches[group] = Batches(smallest, most_rows(pipeline.device.type == "cuda", shape), agrees)
-        return self._batches[group]
+            agrees = partial(agrees_within_memory, pipeline, shape[1:]) if self._exact else None
+            most = most_rows(pipeline.device.type == "cuda", shape)
+            self._batches[group.model, shape] = Batches(smallest, most, agrees)
+        return self._batches[group.model, shape]
+
+
+def agrees_within_memory(pipeline: Stages, latent_size: tuple[int, int], parts: Sequence[int]) -> bool:
+    """Whether a batch has the bits of its parts, and there is memory for it."""
+    try:
+        return pipeline.agrees(latent_size, parts)
+    except BaseException as error:
+        if not out_of_memory(error):
+            raise
+        torch.cuda.empty_cache()
+        return False
 
 
 def rows_of(drawing: Drawing) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal["encode", "step", "decode"]
+AMORTIZED = 4  # so many times what fetching weights costs is first spent without: a fifth of all time at most
+KNOWN_GROUPS = 1000  # whose costs are remembered while none of their tasks is here
 PATIENCE = 10  # waiting for so many steps' time counts as one step less to go
 LEARNING = 0.2  # how much a new time counts in a moving average
 FIRST_GUESS = 0.05  # seconds of anything that was never timed
@@ -88,13 +90,14 @@ class Queue:
 class Scheduler:
     """Holds the tasks, says what is next, and learns from what was done.
 
-    ``switch_seconds`` says what it costs to get a group's weights ready; as much is first spent on the groups whose
-    weights are there.
+    ``switch_seconds`` says what it costs to get a group's weights ready; AMORTIZED times as much is first spent on the
+    groups whose weights are there.
     """
 
     def __init__(self, rows: int = 16, switch_seconds: Callable[[Group], float] = lambda group: 0.0) -> None:
         self._rows, self.switch_seconds = rows, switch_seconds
-        self._queues: dict[Group, Queue] = {}  # also of groups that were here before: their costs are known
+        self._queues: dict[Group, Queue] = {}  # of groups with tasks
+        self._empty: dict[Group, Queue] = {}  # of groups that had some, the latest last
         self._groups = Shares()
         self._now = 0.0
 
@@ -106,21 +109,25 @@ class Scheduler:
         return [task for task in self.tasks() if not task.begun]
 
     def add(self, task: Task) -> None:
-        queue = self._queues.setdefault(task.group, Queue(self._rows))
+        queue = self._queues.get(task.group) or self._empty.pop(task.group, Queue(self._rows))
+        self._queues[task.group] = queue
         queue.tasks.append(task)
         queue.keys.join(task.key)
         self._groups.join(task.group)
 
     def remove(self, task: Task) -> None:
         """Forgets a task: it is done, failed, or not wanted any more."""
-        queue = self._queues[task.group]
-        if task not in queue.tasks:
+        queue = self._queues.get(task.group)
+        if queue is None or task not in queue.tasks:
             return
         queue.tasks.remove(task)
         if not any(other.key == task.key for other in queue.tasks):
             queue.keys.leave(task.key)
         if not queue.tasks:
             self._groups.leave(task.group)
+            self._empty[task.group] = self._queues.pop(task.group)
+            if len(self._empty) > KNOWN_GROUPS:
+                del self._empty[next(iter(self._empty))]
 
     def next(self, now: float) -> Work | None:
         """What to do now: a decode, which ends a job; else a step, before which prompts are encoded."""
@@ -129,10 +136,9 @@ class Scheduler:
         if ready:
             first = min(ready, key=lambda task: task.arrived)
             return Work("decode", first.group, [first])
-        busy = [group for group, queue in self._queues.items() if queue.tasks]
-        if not busy:
+        if not self._queues:
             return None
-        group = min(busy, key=lambda group: self._groups.had[group] + self.switch_seconds(group))
+        group = min(self._queues, key=lambda group: self._groups.had[group] + AMORTIZED * self.switch_seconds(group))
         chosen = self._choose(self._queues[group])
         new = [task for task in chosen if not task.begun]
         return Work("encode", group, new) if new else Work("step", group, chosen)
@@ -160,7 +166,9 @@ class Scheduler:
 
         Only tasks that are still held move; an encoded one is begun, a stepped one has a step less.
         """
-        queue = self._queues[work.group]
+        queue = self._queues.get(work.group) or self._empty.get(work.group)
+        if queue is None:
+            return
         queue.capacity = capacity
         keys = max(1, len(queue.keys.had))
         self._groups.charge(work.group, seconds / keys)

@@ -37,7 +37,8 @@ def full_text_name(name: str) -> str:
 def load_networks(card: Card, steps: int, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """A card's networks, with the UNet for a schedule of ``steps`` where the model has one for each.
 
-    All but the UNet are taken from ``like``, the same model's networks for another schedule, where there are.
+    All but the UNet are taken from ``like``, the same model's networks for another schedule, where there are; and
+    what a LoRA is merged into, so that the next LoRA costs its own small file and no reading of the large one.
     Raises NotPulledError where the hub's files are not on this machine, and WeightsError where they do not fit.
     """
     return load_files(locate(card, steps), card, device, dtype, like)
@@ -76,10 +77,15 @@ def locate(card: Card, steps: int) -> Files:
 
 def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
-    unet = load_unet(files.unet, card, device, dtype, files.lora)
+    base = like.base if like and files.lora else None
+    if files.lora:
+        base = base or {name: tensor.to(device) for name, tensor in unet_tensors(files.unet, card).items()}
+        unet = filled_unet(lora.merged(base, files.lora, card.unet, device, dtype), card, device, dtype)
+    else:
+        unet = load_unet(files.unet, card, device, dtype)
     prediction = "x0" if files.predicts_x0 else card.prediction
     if like:
-        return replace(like, unet=unet, prediction=prediction)
+        return replace(like, unet=unet, prediction=prediction, base=base)
     first, second = card.text_encoders
     return Networks(
         tokenizers=(load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)),
@@ -90,6 +96,7 @@ def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: 
         unet=unet,
         vae=load_vae(files.vae, card, device, dtype),
         prediction=prediction,
+        base=base,
     )
 
 
@@ -117,11 +124,21 @@ def load_text_encoder(
 
 
 def load_unet(path: Path, card: Card, device: str, dtype: torch.dtype, lora_path: Path | None = None) -> UNet:
-    network = on_meta(lambda: UNet(card.unet))
-    keys = original.unet_keys(list(network.state_dict()), card.unet)
-    tensors = tensors_for(network, path, keys, original.UNET)
+    tensors = unet_tensors(path, card)
     if lora_path:
         tensors = lora.merged(tensors, lora_path, card.unet, device, dtype)
+    return filled_unet(tensors, card, device, dtype)
+
+
+def unet_tensors(path: Path, card: Card) -> dict[str, Tensor]:
+    """A UNet's tensors as they are in their file."""
+    network = on_meta(lambda: UNet(card.unet))
+    keys = original.unet_keys(list(network.state_dict()), card.unet)
+    return tensors_for(network, path, keys, original.UNET)
+
+
+def filled_unet(tensors: dict[str, Tensor], card: Card, device: str, dtype: torch.dtype) -> UNet:
+    network = on_meta(lambda: UNet(card.unet))
     filled(network, tensors, device, dtype)
     return network
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 
 
@@ -14,3 +16,4 @@ class Networks:
     unet: UNet
     vae: VAE
     prediction: str  # what the UNet predicts: "epsilon", "v" or "x0"
+    base: dict[str, Tensor] | None = None  # in its file's precision, what the UNet is a LoRA on: for the next LoRA

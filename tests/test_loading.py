@@ -1,0 +1,152 @@
+"""What the engine keeps: checkpoints within a budget, batch sizes that are proven, encoded prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LIGHTNING, needs_weights
+
+from fulgurite import Pipeline
+from fulgurite.cards import card
+from fulgurite.engine import Loader, usable_device
+from fulgurite.engine.batches import Batches
+from fulgurite.engine.cache import PromptCache
+from fulgurite.engine.loading import unet_bytes
+from fulgurite.errors import FulguriteError
+from fulgurite.models import UNet
+from fulgurite.weights import Networks, load
+
+SPARK_LIGHTNING = "fulgurite/spark-lightning"
+ONE = unet_bytes(card(LIGHTNING).unet, torch.float16)
+
+
+def test_larger_batches_are_used_once_they_are_proven() -> None:
+    asked: list[list[int]] = []
+
+    def agrees(parts: Sequence[int]) -> bool:
+        asked.append(list(parts))
+        return sum(parts) <= 6
+
+    batches = Batches(1, 16, agrees)
+    assert [batches.size_for(rows) for rows in (1, 2, 3, 5)] == [1, 2, 3, 6]
+    assert asked == [[1, 1], [2, 1], [3, 1], [4, 2]]
+    assert (batches.size_for(16), batches.capacity) == (6, 6)  # 8 is not right, so nothing larger is tried
+    assert batches.smaller(6)
+    assert batches.capacity == 4
+    assert [Batches(2, 16, lambda parts: True).size_for(rows) for rows in (1, 3, 9)] == [2, 4, 12]
+    assert Batches(1, 16, None).size_for(5) == 5
+
+
+def test_the_cache_of_prompts_is_bounded_in_bytes() -> None:
+    encoded: list[str] = []
+
+    def encode(prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(prompt)
+        return torch.zeros(10), torch.zeros(15)  # 100 bytes
+
+    cache = PromptCache(250)
+    for prompt in "aababcabc":
+        cache.get("model", encode, prompt)
+    assert encoded == list("abcabc")
+    assert cache.hits == 3
+    assert cache.bytes == 200
+
+
+class Kept:
+    """A loaded pipeline without weights: its steps, and of which base its UNet is a LoRA."""
+
+    def __init__(self, model: str, steps: int, like: Networks | None, base: torch.Tensor | None) -> None:
+        shared = {"w": base} if base is not None else None
+        if like and like.base:
+            shared = like.base
+        self.card, self.steps, self.like = card(model), steps, like
+        self.networks = Networks((), (), None, None, "v", shared)  # type: ignore[arg-type]
+
+
+def fake_loads(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor | None = None) -> list[int]:
+    """Pipelines are such from now on; the steps of those that are loaded."""
+    loaded: list[int] = []
+
+    def pretend(model: str, *, steps: int, like: Networks | None, **_: Any) -> Kept:
+        loaded.append(steps)
+        return Kept(model, steps, like, base)
+
+    monkeypatch.setattr(Pipeline, "load", pretend)
+    return loaded
+
+
+def loader_of(unets: float) -> Loader:
+    """One with room for so many of SDXL's UNets."""
+    loader = Loader("cpu", most_bytes=int(unets * ONE))
+    loader.dtype = torch.float16
+    return loader
+
+
+def test_the_loader_keeps_unets_within_its_bytes_and_shares_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = fake_loads(monkeypatch)
+    loader = loader_of(1.9)
+    first = loader(LIGHTNING, 20)
+    assert first is loader(LIGHTNING, 8)
+    assert loader.switch_seconds(LIGHTNING, 8) == 0 < loader.switch_seconds(LIGHTNING, 4)
+    second = loader(LIGHTNING, 5)
+    assert loader.switch_seconds(LIGHTNING, 8) > 0 == loader.switch_seconds(LIGHTNING, 4)
+    assert loaded == [20, 5]
+    assert second.like is first.networks  # type: ignore[attr-defined]
+
+
+def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = fake_loads(monkeypatch)
+    loader = loader_of(2.5)
+    for steps in (1, 2, 1, 4, 1, 2):
+        loader(LIGHTNING, steps)
+    assert loaded == [1, 2, 4, 2]
+
+
+@pytest.mark.parametrize(("room", "checkpoints", "has_base"), [(1.5, 1, False), (2.5, 1, True), (3.5, 2, True)])
+def test_what_loras_change_stays_beside_them_if_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, room: float, checkpoints: int, has_base: bool
+) -> None:
+    base = torch.empty(ONE, dtype=torch.uint8, device="meta")  # not of a CPU's memory
+    fake_loads(monkeypatch, base)
+    loader = loader_of(room)
+    kept = [loader(LIGHTNING, steps) for steps in (1, 2, 4)]
+    assert sum(loader.switch_seconds(LIGHTNING, steps) == 0 for steps in (1, 2, 4)) == checkpoints
+    assert (kept[-1].networks.base is not None) == has_base
+    loader.drop_others(LIGHTNING, 4)
+    assert kept[-1].networks.base is None
+
+
+@needs_weights
+def test_a_lora_checkpoint_that_went_comes_back_without_reading_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    unmerged = load.unet_tensors
+
+    def noted(path: Path, *rest: Any) -> dict[str, torch.Tensor]:
+        read.append(path.name)
+        return unmerged(path, *rest)
+
+    monkeypatch.setattr(load, "unet_tensors", noted)
+    loader = Loader("cpu", most_bytes=1)  # nothing stays but what is in use
+    before = weights_of(loader(SPARK_LIGHTNING, 4).networks.unet)
+    other = weights_of(loader(SPARK_LIGHTNING, 8).networks.unet)
+    again = weights_of(loader(SPARK_LIGHTNING, 4).networks.unet)
+    assert len(read) == 1 + 2  # with so little room even what is shared goes
+    roomy = Loader("cpu")
+    pipelines = [roomy(SPARK_LIGHTNING, steps) for steps in (1, 2, 4, 8)]
+    assert len(read) == 3 + 1
+    assert len({id(pipeline.networks.base) for pipeline in pipelines}) == 1
+    assert len({id(pipeline.networks.vae) for pipeline in pipelines}) == 1
+    assert torch.equal(before, again)
+    assert torch.equal(before, weights_of(pipelines[2].networks.unet))
+    assert not torch.equal(before, other)
+
+
+def weights_of(unet: UNet) -> torch.Tensor:
+    return torch.cat([weight.flatten() for weight in unet.parameters()])
+
+
+def test_a_device_that_is_not_there_is_an_error_that_names_it() -> None:
+    with pytest.raises(FulguriteError, match="FULGURITE_DEVICE: cannot compute on 'abacus' here"):
+        usable_device("abacus")
