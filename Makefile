@@ -2,11 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint clean
+PEERS := bench/peers/.venv
+BENCH ?= --works spark
+
+.PHONY: help demo test lint bench clean
 help:
 	@echo "make demo   install, start the server, send the hosted API's request, save output.png"
 	@echo "make test   install, run the tests"
 	@echo "make lint   install, check style and types"
+	@echo "make bench  install into an environment of its own, measure ours beside diffusers and OpenVINO;"
+	@echo "            BENCH='--works sdxl-1024 --rounds 1' measures something else, BENCH=--help says what there is"
 	@echo "make clean  remove what the others made"
 
 # Installed once, and again only when the lock or the package's own description changes.
@@ -28,6 +33,16 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The peers are no part of what the package needs: they have an environment of their own.
+$(PEERS)/installed: requirements.lock pyproject.toml bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+bench: $(PEERS)/installed
+	$(PEERS)/bin/python bench/compare.py $(BENCH)
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info output*.png
+	rm -rf .venv $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info output*.png
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ MAY_KNOW = {
     "pipeline": {"cards", "errors", "kernels", "models", "sampling", "weights"},
     "parameters": {"errors"},
     "picture_file": {"pipeline"},
+    "benchmark": {"cards", "models", "picture_file", "pipeline"},
     "client": {"errors"},
     "settings": {"errors"},
     "records": set(),
@@ -29,7 +30,7 @@ MAY_KNOW = {
     "server": {"cards", "errors", "parameters", "picture_file", "pipeline", "records", "settings"},
     "training": {"cards", "errors", "kernels", "models", "pipeline", "sampling", "weights"},
 }
-OUTSIDERS = {"diffusers", "transformers", "peft"}  # oracles of the tests, never needed to run
+OUTSIDERS = {"diffusers", "transformers", "peft", "openvino"}  # oracles and opponents, never needed to run
 
 
 def part_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fulgurite.cli_bench import bench
 from fulgurite.cli_ledger import keys, usage
 from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
@@ -55,6 +56,7 @@ app = typer.Typer(
 app.add_typer(keys, name="keys")
 app.add_typer(train, name="train")
 app.command()(usage)
+app.command()(bench)
 
 
 @app.callback()

@@ -210,22 +210,30 @@ class Pipeline:
         strength = per_row(strength[: len(rows)], wanted)
         return torch.where(strength == 1, wanted, unwanted + strength * (wanted - unwanted))
 
-    @torch.inference_mode()
     def finish(self, row: Row) -> Picture:
         """The picture of a row whose steps are done. Raises NotFiniteError."""
-        vae, request = self.networks.vae, row.request
+        return self.picture(row, self.decode(row))
+
+    @torch.inference_mode()
+    def decode(self, row: Row) -> Tensor:
+        """A row's latent to pixels ``[3, H, W]``, about -1..1, on the device in float32. Raises NotFiniteError."""
+        vae = self.networks.vae
         # One at a time: on a CPU a decode costs the same a picture in any batch, and in a batch its bits may differ.
         pixels = vae.decode((row.x[None] / vae.config.scaling_factor).to(self.dtype)).float()[0]
         if not pixels.isfinite().all():
             raise NotFiniteError("The network gave no numbers for this picture. Ask for another seed or fewer steps.")
+        return pixels
+
+    def picture(self, row: Row, pixels: Tensor) -> Picture:
+        """A row's pixels ``[3, H, W]`` as the picture that was asked for, and how it was made."""
         return Picture(
-            image=fitted(to_image(pixels), request.width, request.height, self.card),
-            request=request,
+            image=fitted(to_image(pixels), row.request.width, row.request.height, self.card),
+            request=row.request,
             model=self.card.id,
             steps=row.plan.steps,
             drawn_size=row.plan.drawn_size,
             seconds=time.perf_counter() - row.started,
-            notes=notes(self.card, self.networks, request, row.plan.steps, row.plan.drawn_size),
+            notes=notes(self.card, self.networks, row.request, row.plan.steps, row.plan.drawn_size),
         )
 
     def preview(self, row: Row) -> Preview:

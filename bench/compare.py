@@ -1,0 +1,207 @@
+"""Ours beside diffusers and OpenVINO, on the same weights and the same work: make bench, or with what it installs
+
+    bench/peers/.venv/bin/python bench/compare.py [--works spark sdxl-512 sdxl-1024] [--ways ...] [--rounds 7]
+
+A process for each way. The reference stays, and each of the others in turn draws beside it, a picture each and so on,
+so that whatever else the machine does slows both down; a ratio is the median of those of the rounds. A first picture,
+which pays for compiling, is not counted. What ran is printed as it ends; the last line is all of it as JSON, also where
+it is interrupted.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from fulgurite.benchmark import (
+    HOSTED_DOLLARS,
+    PARTS,
+    PICTURE,
+    dollars_a_thousand,
+    flop_counts,
+    matrix_ceiling,
+    peak_memory,
+)
+from fulgurite.pipeline import plan, usual_dtype
+from peers.ways import WAYS
+from peers.works import WORKS, Work
+
+Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
+COLUMNS = (PICTURE, *PARTS)
+
+
+def serve(way: str, work: str, options: dict[str, int], connection: Connection) -> None:
+    """A way's process: gets ready, then draws a picture for every message, and tells of each."""
+    warnings.simplefilter("ignore")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    try:
+        drawer = WAYS[way](WORKS[work](**options))
+        while True:
+            image, seconds = drawer.draw()
+            connection.send((seconds, np.asarray(image), peak_memory("cpu")))
+            connection.recv()
+    except EOFError:  # the other end is closed: there is no more to do
+        pass
+    except BaseException:
+        connection.send(traceback.format_exc())
+
+
+class Process:
+    """A way in a process of its own, warm. Raises RuntimeError, with what went wrong there."""
+
+    def __init__(self, way: str, work: str, options: dict[str, int], patience: float) -> None:
+        self.way, self.rounds, self._patience = way, Rounds(), patience
+        context, started = multiprocessing.get_context("spawn"), time.perf_counter()
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(way, work, options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        _, self.picture, self.memory = self._answer()
+        self.first = time.perf_counter() - started
+
+    def draw(self) -> dict[str, float]:
+        self._connection.send("again")
+        seconds, _, self.memory = self._answer()
+        self.rounds.append(seconds)
+        return seconds
+
+    def _answer(self) -> Any:
+        try:
+            if not self._connection.poll(self._patience):
+                raise RuntimeError(f"{self.way}: nothing for {self._patience:.0f} s")
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join(10)
+            raise RuntimeError(f"{self.way}: its process ended, {self._process.exitcode}: out of memory?") from None
+        except RuntimeError:
+            self.close()
+            raise
+        if isinstance(answer, str):
+            raise RuntimeError(f"{self.way}: {answer}")
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
+
+    def summary(self) -> dict[str, Any]:
+        """Medians with the lowest and the highest, in seconds; of what was drawn before counting, the first."""
+        spread = {}
+        for part in COLUMNS if self.rounds else ():
+            values = [each[part] for each in self.rounds]
+            spread[part] = [statistics.median(values), min(values), max(values)]
+        return {"seconds": spread, "rounds": len(self.rounds), "first": self.first, "peak_memory": self.memory}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two pictures in decibels; infinite where they are equal."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def compare(name: str, work: Work, options: dict[str, int], ways: list[str], given: argparse.Namespace) -> dict:
+    """One work's results, printed as they come."""
+    to = plan(work.card, work.request)
+    flops = flop_counts(work.card, to)
+    flops[PICTURE] = flops["text"] + to.steps * flops["step"] + flops["decode"]
+    size = f"{work.request.width}x{work.request.height}"
+    print(f"\n{name}: {work.card.id}, {size}, {to.steps} steps; {flops[PICTURE] / 1e12:.3f} TFLOP", flush=True)
+    ours = Process(given.reference, name, options, given.patience)
+    ceilings, rows, failed = [], {}, {}
+    result = {"work": name, "size": size, "steps": to.steps, "flop": flops, "ways": rows, "failed": failed}
+    print(f"{'':20}" + "".join(f"{column:>9}" for column in COLUMNS) + "   times as long as " + ours.way, flush=True)
+    try:
+        for way in ways:
+            try:
+                other = Process(way, name, options, given.patience)
+            except RuntimeError as error:
+                failed[way] = str(error)
+                print(f"{way:20} failed: {error}", flush=True)
+                continue
+            ratios = []
+            try:
+                for _ in range(given.rounds):
+                    ceilings.append(matrix_ceiling("cpu", usual_dtype("cpu")))
+                    one, two = ours.draw(), other.draw()
+                    ratios.append({part: two[part] / one[part] for part in COLUMNS})
+            finally:
+                other.close()
+                if ratios:
+                    middle = {part: statistics.median(each[part] for each in ratios) for part in COLUMNS}
+                    rows[way] = other.summary() | {"ratios": middle, "psnr": psnr(ours.picture, other.picture)}
+                    print(f"{way:20}" + "".join(f"{middle[column]:9.2f}" for column in COLUMNS), flush=True)
+        while len(ours.rounds) < given.rounds:
+            ceilings.append(matrix_ceiling("cpu", usual_dtype("cpu")))
+            ours.draw()
+    finally:
+        ours.close()
+        rows[ours.way] = ours.summary()
+        result["ceiling"] = statistics.median(ceilings) if ceilings else None
+        print_table(result, given)
+    return result
+
+
+def print_table(result: dict, given: argparse.Namespace) -> None:
+    """Milliseconds, with what else there is to know of a way."""
+    if not result["ceiling"]:
+        return
+    print(f"\n{'ms':20}" + "".join(f"{column:>9}" for column in COLUMNS), end="")
+    print("   from   to (picture)  of ceiling  peak GB  first s   PSNR" + ("  $/1000" if given.price else ""))
+    for way, row in result["ways"].items():
+        if not row["seconds"]:
+            continue
+        row["of_ceiling"] = {
+            part: flop / row["seconds"][part][0] / result["ceiling"] for part, flop in result["flop"].items()
+        }
+        middle, low, high = row["seconds"][PICTURE]
+        shown = "".join(f"{1000 * row['seconds'][column][0]:9.1f}" for column in COLUMNS)
+        shown += f" {1000 * low:7.0f} {1000 * high:7.0f}  {row['of_ceiling'][PICTURE]:11.0%}"
+        shown += f" {row['peak_memory'] / 1e9:8.2f} {row['first']:8.1f} {row.get('psnr', math.nan):6.1f}"
+        if given.price:
+            row["dollars_a_thousand"] = dollars_a_thousand(middle, given.price)
+            shown += f" {row['dollars_a_thousand']:7.3f}"
+        print(f"{way:20}{shown}", flush=True)
+    hosted = f"; the hosted API asks ${HOSTED_DOLLARS:.2f} for 1000 pictures" if given.price else ""
+    print(f"matrix ceiling, {usual_dtype('cpu')}: {result['ceiling'] / 1e9:.0f} GFLOP/s{hosted}", flush=True)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument(
+        "--works", nargs="+", choices=WORKS, default=["spark"], metavar="WORK", help=", ".join(WORKS)
+    )
+    arguments.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    arguments.add_argument(
+        "--reference", choices=WAYS, default="ours", metavar="WAY", help="whom the others are beside"
+    )
+    arguments.add_argument("--rounds", type=int, default=7, help="pictures of each way that are counted")
+    arguments.add_argument("--steps", type=int, help="1, 2, 4 or 8; else 4 of the embedded model, 1 of SDXL's sizes")
+    arguments.add_argument("--price", type=float, help="what an hour of this machine costs, in dollars")
+    arguments.add_argument("--patience", type=float, default=1800, help="seconds for one picture, or for getting ready")
+    given = arguments.parse_args()
+    options = {"steps": given.steps} if given.steps else {}
+    ways = [way for way in given.ways if way != given.reference]
+    results: list[dict] = []
+    try:
+        for name in given.works:
+            results.append(compare(name, WORKS[name](**options), options, ways, given))
+    finally:
+        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        print(json.dumps({"machine": machine | {"torch": torch.__version__}, "works": results}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

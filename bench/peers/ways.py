@@ -1,0 +1,52 @@
+"""The ways of drawing a picture that are compared. Only a way's own process imports what it needs."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from fulgurite import Pipeline
+from fulgurite.benchmark import draw_in_parts
+from fulgurite.pipeline import usual_dtype
+from peers.works import Work
+
+
+class Way(Protocol):
+    def draw(self) -> tuple[Image.Image, dict[str, float]]:
+        """The work's picture, and the seconds of each of fulgurite.benchmark.PARTS and of all together."""
+        ...
+
+
+class Ours:
+    def __init__(self, work: Work) -> None:
+        dtype = usual_dtype("cpu")
+        self._pipeline, self._request = Pipeline(work.card, work.networks(dtype), "cpu", dtype), work.request
+
+    def draw(self) -> tuple[Image.Image, dict[str, float]]:
+        picture, seconds = draw_in_parts(self._pipeline, self._request)
+        return picture.image, seconds
+
+
+def diffusers(dtype: torch.dtype, **options: bool) -> Callable[[Work], Way]:
+    def build(work: Work) -> Way:
+        from peers.diffusers_way import DiffusersWay
+
+        return DiffusersWay(work, dtype, **options)
+
+    return build
+
+
+def openvino(work: Work) -> Way:
+    from peers.openvino_way import OpenVINOWay
+
+    return OpenVINOWay(work)
+
+
+WAYS: dict[str, Callable[[Work], Way]] = {
+    "ours": Ours,
+    "diffusers float32": diffusers(torch.float32),
+    "diffusers bfloat16": diffusers(torch.bfloat16, channels_last=True),
+    "diffusers compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),
+    "openvino": openvino,
+}

@@ -1,0 +1,83 @@
+"""What `fulgurite bench` measures: the same picture, the published arithmetic, sums that add up. No times."""
+
+import json
+
+import pytest
+from conftest import LIGHTNING
+from typer.testing import CliRunner
+
+from fulgurite import Pipeline, Request, benchmark
+from fulgurite.benchmark import PARTS, PICTURE, Laps, dollars_a_thousand, draw_in_parts, flop_counts
+from fulgurite.cards import card
+from fulgurite.cli import app
+from fulgurite.pipeline import plan
+
+REQUEST = Request("a red fox", width=256, height=256, num_steps=3, seed=7)
+
+
+def test_the_measured_picture_is_the_one_that_is_drawn(tiny: Pipeline) -> None:
+    picture, seconds = draw_in_parts(tiny, REQUEST)
+    assert picture.image.tobytes() == tiny.draw(REQUEST).image.tobytes()
+    assert set(seconds) == {*PARTS, PICTURE}
+    parts = sum(seconds[part] * (3 if part == "step" else 1) for part in PARTS)
+    assert parts == pytest.approx(seconds[PICTURE])
+
+
+def test_laps_of_a_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 11.0, 15.0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(times))
+    laps = Laps()
+    laps.lap("text")
+    laps.lap("step", 4)
+    assert laps.seconds == {"text": 1.0, "step": 1.0, PICTURE: 5.0}
+
+
+@pytest.mark.parametrize(("side", "step", "decode"), [(512, 1.589e12, 2.515e12), (1024, 6.761e12, 10.470e12)])
+def test_the_arithmetic_of_sdxl(side: int, step: float, decode: float) -> None:
+    """Counted by hand elsewhere: 2 for a product and its sum, attention's included."""
+    found = flop_counts(card(LIGHTNING), plan(card(LIGHTNING), Request("a fox", width=side, height=side)))
+    assert found["step"] == pytest.approx(step, rel=1e-3)
+    assert found["decode"] == pytest.approx(decode, rel=1e-3)
+
+
+def test_guidance_by_a_second_evaluation_costs_it(tiny: Pipeline) -> None:
+    """The undistilled model's guidance takes two rows of a step's batch."""
+    guided, alone = (
+        flop_counts(tiny.card, plan(tiny.card, Request("a fox", width=256, height=256, guidance=guidance)))
+        for guidance in (7.5, 0)
+    )
+    assert guided["step"] == 2 * alone["step"]
+
+
+def test_a_thousand_pictures_of_36_seconds_take_ten_hours() -> None:
+    assert dollars_a_thousand(36, 2.5) == pytest.approx(25)
+
+
+def test_the_command(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "load", lambda model, **options: tiny)
+    monkeypatch.setattr(benchmark, "matrix_ceiling", lambda device, dtype: 1e9)
+    result = CliRunner().invoke(app, ["bench", "--model", "fulgurite/spark", "--rounds", "3", "--price", "36"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    parts = {row["part"]: row for row in report["parts"]}
+    assert set(parts) == {*PARTS, PICTURE}
+    assert all(row["lowest"] <= row["seconds"] <= row["highest"] for row in parts.values())
+    whole = parts[PICTURE]
+    assert report["dollars_a_thousand"] == pytest.approx(10 * whole["seconds"])
+    assert whole["of_ceiling"] == pytest.approx(whole["flop"] / whole["seconds"] / 1e9)
+    assert whole["flop"] == parts["text"]["flop"] + 4 * parts["step"]["flop"] + parts["decode"]["flop"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "12"], "--size"),
+        (["--steps", "21"], "--steps"),
+        (["--rounds", "0"], "--rounds"),
+        (["--model", "nobody/nothing"], "no model 'nobody/nothing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code != 0
+    assert said in result.output.replace("\n", " ")
