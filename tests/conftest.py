@@ -24,7 +24,17 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner, Stages
 from fulgurite.ledger import Ledger
-from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
+from fulgurite.models import (
+    VAE,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    TinyDecoder,
+    TinyDecoderConfig,
+    Tokenizer,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 from fulgurite.models.tokenizer import END, START
 from fulgurite.pipeline import Encoded, OnStep, Preview, Row, plan
 from fulgurite.sampling import trailing_schedule
@@ -224,8 +234,15 @@ def tiny() -> Pipeline:
     text = CLIPTextConfig(len(tokens), 16, 32, 2, 2, 16, "gelu", None, len(tokens) - 1)
     unet = UNetConfig(4, 4, (16, 32), 1, (0, 1), 8, 32, 8, 16, 8)
     vae = VAEConfig(3, 4, (8, 8, 8, 8, 8), 1, 8, 1.0)
+    fast = TinyDecoderConfig(4, (8, 8, 8, 8, 8), (1, 1, 1, 1, 1))
     small = replace(
-        card(SPARK), preview_rgb=(), unet=unet, vae=vae, text_encoders=(text, replace(text, projection_dim=16))
+        card(SPARK),
+        preview_rgb=(),
+        unet=unet,
+        vae=vae,
+        fast_decoder=fast,
+        text_encoders=(text, replace(text, projection_dim=16)),
     )
     encoders = CLIPTextEncoder(small.text_encoders[0]), CLIPTextEncoder(small.text_encoders[1])
-    return Pipeline(small, Networks((tokenizer, tokenizer), encoders, UNet(unet), VAE(vae), "v"))
+    networks = Networks((tokenizer, tokenizer), encoders, UNet(unet), VAE(vae), "v", fast_decoder=TinyDecoder(fast))
+    return Pipeline(small, networks)

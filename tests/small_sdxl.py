@@ -8,14 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig as OracleTextConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from fulgurite.cards import Card, Weights, card
-from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
+from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 from fulgurite.models.tokenizer import END, START
 
 FLOAT32 = torch.float32
@@ -29,6 +35,7 @@ UNET = UNetConfig(
     pooled_dim=48,
 )
 VAE = VAEConfig(block_out_channels=(32, 32, 64), layers_per_block=1)
+FAST = TinyDecoderConfig(block_out_channels=(16, 16, 16), num_blocks=(1, 2, 0))
 FIRST = CLIPTextConfig(
     vocab_size=600,
     hidden_size=32,
@@ -43,7 +50,7 @@ SECOND = replace(FIRST, hidden_size=48, num_hidden_layers=4, hidden_act="gelu", 
 def small_card(**changes: object) -> Card:
     """SDXL-Lightning's card with small numbers."""
     lightning = card("bytedance/stable-diffusion-xl-lightning")
-    return replace(lightning, unet=UNET, vae=VAE, text_encoders=(FIRST, SECOND), **changes)
+    return replace(lightning, unet=UNET, vae=VAE, fast_decoder=FAST, text_encoders=(FIRST, SECOND), **changes)
 
 
 def local_card(path: Path, **fields: object) -> Card:
@@ -93,6 +100,18 @@ def oracle_unet(config: UNetConfig) -> UNet2DConditionModel:
 
 def oracle_vae(config: VAEConfig) -> AutoencoderKL:
     return AutoencoderKL(**vae_settings(config)).eval()
+
+
+def oracle_fast_decoder(config: TinyDecoderConfig) -> AutoencoderTiny:
+    """The decoder, and the encoder that comes with it."""
+    widths, blocks = config.block_out_channels, config.num_blocks
+    return AutoencoderTiny(
+        latent_channels=config.latent_channels,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=tuple(reversed(blocks)),
+        num_decoder_blocks=blocks,
+    ).eval()
 
 
 def oracle_text(config: CLIPTextConfig) -> CLIPTextModel | CLIPTextModelWithProjection:

@@ -42,7 +42,7 @@ def test_generate_writes_the_file_and_says_so() -> None:
     result = run("generate", "a red fox", "-o", "fox.png", "--steps", "2", "--seed", "7", "--negative", "blurry")
     assert result.exit_code == 0
     assert result.stdout == "fox.png\n"
-    assert "256x256, 2 steps, seed 7, fulgurite/spark" in result.stderr
+    assert "256x256, 2 steps, full decoder, seed 7, fulgurite/spark" in result.stderr
     assert metadata("fox.png").startswith("a red fox\nNegative prompt: blurry\nSteps: 2,")
 
 

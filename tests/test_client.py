@@ -65,13 +65,14 @@ def test_a_picture_and_what_its_headers_say(address: str, tmp_path: Path) -> Non
     picture = sync_draw(
         address + "/api/v1/", KEY, model=SPARK, seed=5, num_steps=3, width=256, height=256, output_format="webp"
     )
-    assert (picture.seed, picture.steps, picture.model) == (5, 3, SPARK)
+    assert (picture.seed, picture.steps, picture.model, picture.decoder) == (5, 3, SPARK, "full")
     assert picture.media_type == "image/webp"
     assert picture.image.size == (256, 256)
     assert picture.price
     picture.save(tmp_path / "fox.webp")
     with Image.open(tmp_path / "fox.webp") as saved:
         assert saved.format == "WEBP"
+    assert sync_draw(address + "/api/v1", KEY, model=client.LIGHTNING, decoder="fast").decoder == "fast"
     assert async_draw(address + "/api/v1", KEY, model=SPARK, seed=5, width=256, height=256).image.format == "PNG"
 
 

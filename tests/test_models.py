@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fulgurite.cards import card, cards
-from fulgurite.models import VAE, CLIPTextEncoder, UNet
+from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 LIGHTNING = card("bytedance/stable-diffusion-xl-lightning")
@@ -50,6 +50,9 @@ def test_every_card_fits_together(model):
     assert model.unet.cross_attention_dim == first.hidden_size + second.hidden_size
     assert model.unet.pooled_dim == second.projection_dim
     assert model.unet.in_channels == model.unet.out_channels == model.vae.latent_channels
+    if model.fast_decoder:
+        assert model.fast_decoder.latent_channels == model.vae.latent_channels
+        assert model.fast_decoder.upscale == model.vae.downscale
     assert first.max_position_embeddings == second.max_position_embeddings
 
 
@@ -129,6 +132,32 @@ def test_vae_decoder_agrees(vaes, height, width):
     ours, oracle = vaes
     latents = torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.decode(latents), oracle.decode(latents, return_dict=False)[0], **TOLERANCE)
+
+
+def decoder_half(oracle):
+    return {name: tensor for name, tensor in oracle.state_dict().items() if not name.startswith("encoder.")}
+
+
+def test_full_size_fast_decoder_is_the_published_ones_half():
+    with torch.device("meta"):
+        network, oracle = TinyDecoder(LIGHTNING.fast_decoder), small.oracle_fast_decoder(LIGHTNING.fast_decoder)
+    assert shapes(network.state_dict()) == shapes(decoder_half(oracle))
+    assert sum(parameter.numel() for parameter in network.parameters()) == 1_222_531
+    # madebyollin/taesdxl's file has 9,793,292 bytes: both halves in float32, and its header.
+    weights = sum(parameter.numel() for parameter in oracle.parameters())
+    assert 0 < 9_793_292 - 4 * weights < 20_000
+
+
+@pytest.mark.parametrize("config", [small.FAST, LIGHTNING.fast_decoder], ids=["small", "full"])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 9)])
+@torch.inference_mode()
+def test_fast_decoder_agrees(config, height, width):
+    torch.manual_seed(0)
+    oracle = small.oracle_fast_decoder(config)
+    ours = TinyDecoder(config)
+    ours.load_state_dict(decoder_half(oracle))
+    latents = 3 * torch.randn(2, 4, height, width)  # where the bound is felt
+    torch.testing.assert_close(ours(latents), oracle.decode(latents, return_dict=False)[0], **TOLERANCE)
 
 
 def prompt_rows(config, lengths):

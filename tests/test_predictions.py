@@ -42,7 +42,7 @@ def test_asked_for_now_fetched_later(client: TestClient, engine: FakeEngine, led
     assert status_when(client, id, "processing")
     engine.futures[0].set_result(drawn(*engine.jobs[0]))
     found = status_when(client, id, "succeeded")
-    assert (found["made"]["seed"], found["made"]["steps"]) == ("3", "4")
+    assert (found["made"]["seed"], found["made"]["steps"], found["made"]["decoder"]) == ("3", "4", "full")
     assert found["error"] is None
     picture = httpx.URL(found["output"]).path
     assert client.get(picture).content == client.get(picture).content

@@ -15,14 +15,18 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from test_weights import LORA_MODULES, kohya_names, lora_tensors
+from typer.testing import CliRunner
 
+from fulgurite import Pipeline, Request
 from fulgurite.cards import card
+from fulgurite.cli import app
 from fulgurite.errors import FulguriteError, NotPulledError
 from fulgurite.weights import hub, load_networks
 
 CARD = small.small_card()
-BASE, VAE, LIGHTNING = (repo.repo for repo in (CARD.weights.base, CARD.weights.vae, CARD.weights.distilled))
-REVISIONS = {repo.repo: repo.revision for repo in (CARD.weights.base, CARD.weights.vae, CARD.weights.distilled)}
+REPOS = CARD.weights.base, CARD.weights.vae, CARD.weights.fast_decoder, CARD.weights.distilled
+BASE, VAE, FAST, LIGHTNING = (repo.repo for repo in REPOS)
+REVISIONS = {repo.repo: repo.revision for repo in REPOS}
 UNETS, LORAS = CARD.weights.unets, CARD.weights.loras
 
 
@@ -89,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     small.oracle_pipeline(path).save_pretrained(path)
+    small.oracle_fast_decoder(small.FAST).save_pretrained(path / "fast_decoder")
     return path
 
 
@@ -101,6 +106,7 @@ def published(model, tmp_path_factory) -> dict[str, Path]:
         files[f"{BASE}/{name}"] = model / name.replace(".fp16", "")
     files[f"{BASE}/unet/diffusion_pytorch_model.safetensors"] = folder / "not asked for"
     files[f"{VAE}/{hub.VAE}"] = model / "vae/diffusion_pytorch_model.safetensors"
+    files[f"{FAST}/{hub.VAE}"] = model / "fast_decoder/diffusion_pytorch_model.safetensors"
     unet = load_file(model / "unet/diffusion_pytorch_model.safetensors")
     for i, name in enumerate(UNETS.values()):
         save_file(unet | {"conv_in.bias": torch.full((32,), float(i))}, folder / name)
@@ -142,7 +148,10 @@ def refusal(*steps: int, **options: bool) -> str:
     return str(caught.value)
 
 
-COMMON = {f"{BASE}/{name}" for name in (*hub.TOKENIZERS, *hub.TEXT_ENCODERS)} | {f"{VAE}/{hub.VAE}"}
+COMMON = {f"{BASE}/{name}" for name in (*hub.TOKENIZERS, *hub.TEXT_ENCODERS)} | {
+    f"{VAE}/{hub.VAE}",
+    f"{FAST}/{hub.VAE}",
+}
 
 
 def test_a_pull_takes_exactly_what_is_needed_and_it_loads(server, model):
@@ -157,6 +166,8 @@ def test_a_pull_takes_exactly_what_is_needed_and_it_loads(server, model):
     assert networks.tokenizers[1].pad == 0
     wanted = load_file(model / "vae/diffusion_pytorch_model.safetensors")
     assert torch.equal(networks.vae.state_dict()["quant_conv.weight"], wanted["quant_conv.weight"])
+    wanted = load_file(model / "fast_decoder/diffusion_pytorch_model.safetensors")
+    assert torch.equal(networks.fast_decoder.state_dict()["decoder.layers.0.bias"], wanted["decoder.layers.0.bias"])
 
 
 def test_several_schedules_share_what_they_have_in_common(server):
@@ -195,7 +206,7 @@ def test_it_lies_in_the_hubs_own_cache_at_the_pinned_revisions(server, tmp_path)
 
 def test_every_card_pins_commits():
     weights = card("bytedance/stable-diffusion-xl-lightning").weights
-    for repo in (weights.base, weights.vae, weights.distilled):
+    for repo in (weights.base, weights.vae, weights.fast_decoder, weights.distilled):
         assert re.fullmatch(r"[0-9a-f]{40}", repo.revision), repo
 
 
@@ -228,7 +239,7 @@ def test_files_that_are_whole_are_kept_when_the_network_goes_away(server, monkey
     monkeypatch.setattr(hub, "hf_hub_download", download)
     server.got.clear()
     pull(4)
-    assert server.downloads == [f"{VAE}/{hub.VAE}", f"{LIGHTNING}/{UNETS['4']}"]
+    assert server.downloads == [f"{VAE}/{hub.VAE}", f"{LIGHTNING}/{UNETS['4']}", f"{FAST}/{hub.VAE}"]
 
 
 def test_a_full_disk_is_told_before_anything_is_downloaded(server, monkeypatch, tmp_path):
@@ -289,6 +300,28 @@ def test_what_is_not_pulled_says_how(server):
         load_networks(CARD, 8, "cpu", torch.float32)
     assert str(caught.value) == (
         f"The 8-step weights of {CARD.id} are not on this machine: `fulgurite pull {CARD.id} --steps 8`."
+    )
+
+
+def test_weights_that_were_pulled_before_there_was_a_fast_decoder(server, monkeypatch):
+    """They draw as before, and say how to get it."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(hub, "fast_decoder", lambda card: [])
+        pull(4)
+    request = Request("a red fox", num_steps=6, width=256, height=256, seed=1)
+    draw = Pipeline(CARD, load_networks(CARD, 4, "cpu", torch.float32))
+    before = draw.draw(request).image
+    with pytest.raises(NotPulledError) as caught:
+        draw.draw(replace(request, decoder="fast"))
+    [command] = re.findall(f"`fulgurite pull {CARD.id} --steps 4`", str(caught.value))
+    server.got.clear()
+    result = CliRunner().invoke(app, command.strip("`").split()[1:])
+    assert (result.exit_code, server.downloads) == (0, [f"{FAST}/{hub.VAE}"])
+    draw = Pipeline(CARD, load_networks(CARD, 4, "cpu", torch.float32))
+    assert (
+        draw.draw(replace(request, decoder="fast")).image.tobytes()
+        != before.tobytes()
+        == draw.draw(request).image.tobytes()
     )
 
 

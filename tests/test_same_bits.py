@@ -148,6 +148,7 @@ def in_precision(tiny: Pipeline, card: Card, dtype: torch.dtype) -> Counted:
         text_encoders=tuple(type(e)(e.config).to(dtype) for e in nets.text_encoders),
         unet=type(nets.unet)(nets.unet.config).to(dtype),
         vae=type(nets.vae)(nets.vae.config).to(dtype),
+        fast_decoder=type(nets.fast_decoder)(nets.fast_decoder.config).to(dtype),
     )
     return Counted(card, networks, "cpu", dtype)
 

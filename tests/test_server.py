@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,12 +19,13 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from fulgurite import Picture, Pipeline, Request
+from fulgurite.cards import card
 from fulgurite.errors import BusyError, FulguriteError, NotPulledError, RequestError, WeightsError
 from fulgurite.ledger import Ledger
 from fulgurite.parameters import Parameters
 from fulgurite.picture_file import parameters, png_bytes
 from fulgurite.server import create_app
-from fulgurite.settings import read_settings
+from fulgurite.settings import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +53,7 @@ def test_a_picture(client: TestClient, engine: FakeEngine) -> None:
     assert response.headers["content-type"] == "image/png"
     assert response.headers["x-fulgurite-model"] == SPARK
     assert response.headers["x-fulgurite-steps"] == "4"
+    assert response.headers["x-fulgurite-decoder"] == "full"
     assert response.headers["x-fulgurite-seed"] == "7"
     assert response.headers["x-fulgurite-seconds"] == "0.100"
     assert response.headers["x-fulgurite-notes"] == "ran 8 steps; drawn at 256?256 and resampled"
@@ -60,7 +63,7 @@ def test_a_picture(client: TestClient, engine: FakeEngine) -> None:
         assert picture.size == (256, 256)
         assert picture.info["parameters"] == (
             "a red fox\nNegative prompt: blurry\nSteps: 4, Sampler: Euler, CFG scale: 3, Seed: 7, Size: 256x256, "
-            "Model: fulgurite/spark, Version: Fulgurite 0.1.0"
+            "Model: fulgurite/spark, Decoder: full, Version: Fulgurite 0.1.0"
         )
 
 
@@ -318,3 +321,45 @@ def test_the_published_client(served: tuple[str, object], tmp_path: Path) -> Non
         assert picture.size == (1024, 1024)
         assert "Model: fulgurite/spark" in picture.info["parameters"]
         assert len(picture.convert("L").resize((16, 16)).getcolors() or []) > 8  # a picture, not one flat colour
+
+
+def test_the_decoder_is_the_requests_choice_and_else_the_operators(engine: FakeEngine, ledger: Ledger) -> None:
+    def answer(settings: Settings, **data: str) -> httpx.Response:
+        asked = {"model": LIGHTNING, "data": {"prompt": "a red fox", **data}}
+        with TestClient(create_app(engine, ledger, settings), headers=HEADERS) as client:
+            return client.post("/api/v1", json=asked)
+
+    usual, fast = read_settings(), read_settings(fast_decoder=LIGHTNING)
+    for settings, data, wanted in (
+        (usual, {}, "full"),
+        (usual, {"decoder": "fast"}, "fast"),
+        (fast, {}, "fast"),
+        (fast, {"decoder": "full"}, "full"),
+    ):
+        response = answer(settings, **data)
+        assert response.headers["x-fulgurite-decoder"] == engine.jobs[-1][1].decoder == wanted
+        with Image.open(io.BytesIO(response.content)) as picture:
+            assert f"Decoder: {wanted}," in picture.info["parameters"]
+    assert error_of(answer(usual, decoder="quick"))["param"] == "data.decoder"
+
+
+def test_a_model_without_a_fast_decoder_refuses_it(
+    engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = replace(card(SPARK), fast_decoder=None)
+    monkeypatch.setattr("fulgurite.server.service.card", lambda model: without)
+    monkeypatch.setattr("fulgurite.server.catalogue.card", lambda model: without)
+    with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as client:
+        for path in ("/api/v1", "/api/v1/predictions"):
+            response = client.post(path, json=body(decoder="fast"))
+            assert response.status_code == 422
+            assert error_of(response) == {
+                "code": "invalid_parameter",
+                "message": "decoder: fulgurite/spark has no 'fast' one, only 'full'.",
+                "param": "data.decoder",
+            }
+        described = client.get(f"/api/v1/models/{SPARK}").json()["parameters"]["properties"]["decoder"]
+        assert (described["enum"], described["default"]) == (["full"], "full")
+    assert engine.jobs == []
+    with pytest.raises(FulguriteError, match="fulgurite/spark has no fast decoder"):
+        create_app(engine, ledger, read_settings(fast_decoder=SPARK))

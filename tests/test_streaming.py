@@ -43,7 +43,7 @@ def test_steps_with_previews_then_the_picture(client: TestClient, how: str) -> N
     assert [(data["step"], data["steps"]) for data in steps] == [(1, 3), (2, 3), (3, 3)]
     assert opened(steps[0]["preview"]).size == (16, 16)
     done = parsed(answer.text)[-1][1]
-    assert (done["model"], done["seed"], done["steps"]) == (SPARK, "9", "3")
+    assert (done["model"], done["seed"], done["steps"], done["decoder"]) == (SPARK, "9", "3", "full")
     assert done["picture"].startswith("data:image/png;base64,")
     assert opened(done["picture"]).size == (256, 256)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_sdxl as small
 import torch
@@ -12,7 +13,9 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fulgurite import Pipeline, Request
 from fulgurite.cards import Weights
+from fulgurite.errors import RequestError, WeightsError
 from fulgurite.weights import Networks, load_networks
 from fulgurite.weights.load import load_folder
 
@@ -242,6 +245,49 @@ def test_a_unet_without_attention_at_an_upsampled_level(tmp_path):
     )
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, oracle.state_dict()[name]), name
+
+
+# Fast decoders.
+
+
+def test_a_fast_decoder_beside_the_vae_or_in_a_file_of_its_own(folder, tmp_path):
+    """The encoder's half of the published file is left out."""
+    oracle = small.roughened(small.oracle_fast_decoder(small.FAST))
+    path = published(folder, tmp_path)
+    assert load(small.local_card(path)).fast_decoder is None
+    oracle.save_pretrained(path / "fast_decoder")
+    file = path / "fast_decoder/diffusion_pytorch_model.safetensors"
+    assert any(name.startswith("encoder.") for name in load_file(file))
+    latents = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    wanted = oracle.decode(latents, return_dict=False)[0]
+    for card in (small.local_card(path), small.local_card(folder, fast_decoder_file=file)):
+        decoder = load(card).fast_decoder
+        assert len(decoder.state_dict()) == sum(name.startswith("decoder.") for name in load_file(file))
+        torch.testing.assert_close(decoder(latents), wanted, atol=1e-5, rtol=1e-5)
+    assert load(replace(small.local_card(path), fast_decoder=None)).fast_decoder is None
+
+
+def test_pixels_come_of_the_fast_decoder_as_diffusers_makes_them(folder, pipeline, tmp_path):
+    """The latents that the two decoders are given differ by the VAE's scale."""
+    oracle = small.roughened(small.oracle_fast_decoder(small.FAST))
+    path = published(folder, tmp_path)
+    oracle.save_pretrained(path / "fast_decoder")
+    draw = Pipeline(small.local_card(path), load(small.local_card(path)))
+    row = draw.start(Request("a red fox", width=256, height=256, num_steps=1, seed=1, decoder="fast"), draw.encode)
+    row.x = torch.randn(row.x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        pixels = oracle.decode(row.x[None] / oracle.config.scaling_factor, return_dict=False)[0]
+    [wanted] = pipeline.image_processor.postprocess(pixels, output_type="np") * 255
+    assert abs(np.asarray(draw.finish(row).image) - wanted).max() <= 0.5 + 1e-3
+
+
+def test_without_a_fast_decoder_its_pictures_are_refused(folder):
+    draw = Pipeline(small.local_card(folder), load(small.local_card(folder)))
+    with pytest.raises(WeightsError, match="without a fast decoder: put it into the folder fast_decoder"):
+        draw("a red fox", decoder="fast")
+    none = Pipeline(replace(small.local_card(folder), fast_decoder=None), draw.networks)
+    with pytest.raises(RequestError, match=r"decoder: .* has no 'fast' one, only 'full'"):
+        none("a red fox", decoder="fast")
 
 
 # LoRA.

@@ -20,6 +20,7 @@ from fulgurite.weights import load_networks
 def made(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("made")
     small.oracle_pipeline(path).save_pretrained(path)
+    small.oracle_fast_decoder(small.FAST).save_pretrained(path / "fast_decoder")
     return path
 
 
@@ -43,6 +44,7 @@ NETWORKS = {
     "text_encoder_2": "text_encoder_2/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
+    "fast_decoder": "fast_decoder/diffusion_pytorch_model.safetensors",
 }
 
 
@@ -68,11 +70,12 @@ def test_an_unexpected_tensor_is_named(folder, path):
 @pytest.mark.parametrize("path", NETWORKS.values(), ids=NETWORKS)
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder, path):
     tensors = load_file(folder / path)
-    name = next(name for name, tensor in sorted(tensors.items()) if tensor.ndim == 2)
+    name = next(name for name, tensor in sorted(tensors.items()) if tensor.ndim > 1)
     shape = list(tensors[name].shape)
-    tensors[name] = torch.zeros(shape[0] + 3, shape[1])
+    larger = [shape[0] + 3, *shape[1:]]
+    tensors[name] = torch.zeros(larger)
     save_file(tensors, folder / path)
-    assert f"{name} [{shape[0] + 3}, {shape[1]}] where {shape} is wanted" in refusal(folder)
+    assert f"{name} {larger} where {shape} is wanted" in refusal(folder)
 
 
 def test_many_problems_are_counted_and_the_first_named(folder):

@@ -27,6 +27,7 @@ FLAGS = {
     "num_steps": "--steps",
     "guidance": "--guidance",
     "seed": "--seed",
+    "decoder": "--decoder",
 }
 
 
@@ -74,11 +75,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same file; else a random one.")] = None,
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     guidance: Annotated[float, typer.Option(help="Higher follows the prompt more closely, 0 to 30.")] = 7.5,
+    decoder: Annotated[str, typer.Option(help="full, or fast where the model has one: quicker, less exact.")] = "full",
     count: Annotated[int, typer.Option("-n", min=1, help="How many pictures, with seeds counting up.")] = 1,
 ) -> None:
     """Draws a picture into a file."""
     files = output_files(output, count)
     given = {"prompt": prompt, "negative_prompt": negative, "num_steps": steps, "guidance": guidance}
+    given["decoder"] = decoder
     if seed is not None:
         given["seed"] = seed
     if size is not None:
@@ -88,6 +91,7 @@ def generate(
     from fulgurite import Request
     from fulgurite.cards import card
     from fulgurite.engine import Loader, usable_device
+    from fulgurite.pipeline import plan
     from fulgurite.settings import read_settings
 
     settings = read_settings()
@@ -96,6 +100,7 @@ def generate(
         given["width"], given["height"] = shapes[0]
     first = checked(given)
     checked(given | {"seed": first.seed + count - 1})
+    plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded
     pipeline = Loader(usable_device(settings.device))(model, steps)
     for i, file in enumerate(files):
         request = Request(**first.model_dump() | {"seed": first.seed + i})
@@ -159,8 +164,8 @@ def save(picture: "Picture", file: Path) -> None:
         raise FulguriteError(f"Cannot write {file}: {error.strerror}.") from None
     typer.echo(printable(str(file)))
     request = picture.request
-    how = f"{request.width}x{request.height}, {picture.steps} steps, seed {request.seed}, {picture.model}"
-    typer.secho("; ".join([f"  {how}, {picture.seconds:.1f} s", *picture.notes]), dim=True, err=True)
+    how = f"{request.width}x{request.height}, {picture.steps} steps, {request.decoder} decoder, seed {request.seed}"
+    typer.secho("; ".join([f"  {how}, {picture.model}, {picture.seconds:.1f} s", *picture.notes]), dim=True, err=True)
 
 
 @app.command()
@@ -168,6 +173,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="The port; 0: any free one.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be repeated. Else all.")] = None,
+    fast_decoder: Annotated[
+        list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
+    ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
     ] = None,
@@ -180,7 +188,13 @@ def serve(
     from fulgurite.server import DEMO, JSONLines, create_app, demo_notice
     from fulgurite.settings import read_settings
 
-    settings = read_settings(host=host, port=port, models=tuple(model) if model else None, demo=demo)
+    settings = read_settings(
+        host=host,
+        port=port,
+        models=tuple(model) if model else None,
+        fast_decoder=tuple(fast_decoder) if fast_decoder else None,
+        demo=demo,
+    )
 
     def say(line: str) -> None:
         typer.echo(line, err=True)

@@ -49,6 +49,7 @@ class Drawn:
     model: str | None  # that drew it
     seed: int | None
     steps: int | None  # run
+    decoder: str | None
     seconds: float | None
     price: str | None  # dollars
     notes: str | None  # what was not done as asked
@@ -80,6 +81,7 @@ class Options(TypedDict, total=False):
     num_steps: int  # the most that may be spent
     guidance: float
     seed: int
+    decoder: Literal["full", "fast"]
     output_format: Literal["png", "jpeg", "webp"]
     idempotency_key: str  # else a new one for each call
     on_step: Callable[[Step], None]  # called at each step, by servers that stream; hosts answer as ever
@@ -174,6 +176,7 @@ def drawn(answer: httpx.Response) -> Drawn:
         model=said("model"),
         seed=int(seed) if seed else None,
         steps=int(steps) if steps else None,
+        decoder=said("decoder"),
         seconds=float(seconds) if seconds else None,
         price=said("price"),
         notes=said("notes"),

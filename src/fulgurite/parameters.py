@@ -1,7 +1,7 @@
 """The parameters of one picture, as the hosted API names and bounds them: one place for server and command line."""
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -34,6 +34,10 @@ class Parameters(BaseModel):
         ge=0,
         le=2**64 - 1,
         description="The same seed gives the same picture; left out, a random one.",
+    )
+    decoder: Literal["full", "fast"] = Field(
+        "full",
+        description="What makes pixels of latents: fast is quicker and a little less exact, where a model has it.",
     )
 
 

@@ -26,7 +26,8 @@ def parameters(picture: Picture) -> str:
         lines.append(f"Negative prompt: {readable(request.negative_prompt)}")
     lines.append(
         f"Steps: {picture.steps}, Sampler: Euler, CFG scale: {request.guidance:g}, Seed: {request.seed}, "
-        f"Size: {request.width}x{request.height}, Model: {picture.model}, Version: Fulgurite {__version__}"
+        f"Size: {request.width}x{request.height}, Model: {picture.model}, "
+        f"Decoder: {request.decoder}, Version: Fulgurite {__version__}"
     )
     return "\n".join(lines)
 

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     models: Annotated[tuple[str, ...], NoDecode] = ()  # ids served, separated by commas; none: all there are
+    fast_decoder: Annotated[tuple[str, ...], NoDecode] = ()  # ids whose fast decoder is used unless a request says not
     demo: bool = False  # the embedded model answers for SDXL-Lightning
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
@@ -63,7 +64,7 @@ class Settings(BaseSettings):
     ) -> Any:
         return init_settings, env_settings, InitSettingsSource(settings_cls, in_file())
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "fast_decoder", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

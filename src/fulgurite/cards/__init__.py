@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from fulgurite.errors import UnknownModelError
-from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
+from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Weights:
     # "hub"
     base: Repo | None = None  # the text encoders, the tokenizers, and the UNet that a LoRA is merged into
     vae: Repo | None = None
+    fast_decoder: Repo | None = None
     distilled: Repo | None = None
     unets: dict[str, str] = field(default_factory=dict)  # steps to the file made for them; "_x0" in a name: predicts x0
     loras: dict[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Weights:
     path: str = ""  # a folder as diffusers publishes it, or a whole single file
     unet_file: str = ""  # instead of the UNet in path
     vae_file: str = ""  # instead of the VAE in path
+    fast_decoder_file: str = ""  # instead of the fast decoder in path
     lora_file: str = ""  # merged into the UNet
     tokenizers: str = ""  # the folder that holds tokenizer/ and tokenizer_2/; needed with a single file
 
@@ -61,8 +63,14 @@ class Card:
     ]  # a latent channel's red, green, blue a row, last what is added; or empty
     unet: UNetConfig
     vae: VAEConfig
+    fast_decoder: TinyDecoderConfig | None  # a quicker one than the VAE's, where the model has one
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
     weights: Weights
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """What can make pixels of its latents."""
+        return ("full", "fast") if self.fast_decoder else ("full",)
 
     def steps_for(self, most: int) -> int:
         """The steps run when a request allows ``most``: the largest schedule that fits."""
@@ -78,12 +86,14 @@ def parse(text: str) -> Card:
     table = tomllib.loads(text)
     first, second = (CLIPTextConfig(**frozen(table.pop(key))) for key in ("text_encoder", "text_encoder_2"))
     weights = table.pop("weights")
-    weights |= {key: Repo(**weights[key]) for key in ("base", "vae", "distilled") if key in weights}
+    weights |= {key: Repo(**weights[key]) for key in ("base", "vae", "fast_decoder", "distilled") if key in weights}
     unet, vae = UNetConfig(**frozen(table.pop("unet"))), VAEConfig(**frozen(table.pop("vae")))
+    fast_decoder = TinyDecoderConfig(**frozen(table.pop("fast_decoder"))) if "fast_decoder" in table else None
     shapes, preview = (tuple(map(tuple, table.pop(key))) for key in ("native_shapes", "preview_rgb"))
     return Card(
         unet=unet,
         vae=vae,
+        fast_decoder=fast_decoder,
         text_encoders=(first, second),
         native_shapes=shapes,
         preview_rgb=preview,

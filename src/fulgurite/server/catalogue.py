@@ -19,7 +19,8 @@ from fulgurite.records import dollars
 from fulgurite.server.problems import error_responses
 from fulgurite.server.service import Service, demo_notice
 
-NETWORKS = {"preview_rgb", "unet", "vae", "text_encoders", "weights"}  # a card's fields that are no client's business
+# A card's fields that are no client's business:
+NETWORKS = {"preview_rgb", "unet", "vae", "fast_decoder", "text_encoders", "weights"}
 EXAMPLE = {"prompt": "futuristic spacecraft", "num_steps": 8, "seed": 12345}
 
 PYTHON = Template("""\
@@ -127,12 +128,23 @@ def described(model: str, http: HTTPRequest, service: Service) -> dict[str, Any]
         "cost": f"${dollars(of_model.cost_microdollars)} per image",
         "endpoint_url": url,
         "page_url": f"{http.base_url}models/{model}",
-        "parameters": Parameters.model_json_schema(),
+        "parameters": parameters_of(model, service),
         "examples": examples_for(model, url),
     }
     if model in service.demo:
         shown |= {"answered_by": service.demo[model], "demo": demo_notice(model)}
     return shown
+
+
+def parameters_of(model: str, service: Service) -> dict[str, Any]:
+    """The parameters as JSON Schema, with what is this model's own."""
+    drawn_by = service.demo.get(model, model)
+    schema = Parameters.model_json_schema()
+    schema["properties"]["decoder"] |= {
+        "enum": list(card(drawn_by).decoders),
+        "default": service.usual_decoder(drawn_by),
+    }
+    return schema
 
 
 def examples_for(model: str, url: str) -> dict[str, str]:
@@ -184,6 +196,8 @@ def row(first: str, others: str, cells: tuple[Any, ...]) -> str:
 
 
 def bounds(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
     if "minimum" in schema:
         return f"{schema['minimum']} to {schema['maximum']}"
     return f"{schema.get('minLength', 0)} to {schema['maxLength']} characters"

@@ -272,6 +272,7 @@ def picture_headers(picture: Picture, price: int) -> dict[str, str]:
     headers = {
         "X-Fulgurite-Model": picture.model,
         "X-Fulgurite-Steps": str(picture.steps),
+        "X-Fulgurite-Decoder": picture.request.decoder,
         "X-Fulgurite-Seed": str(picture.request.seed),
         "X-Fulgurite-Seconds": f"{picture.seconds:.3f}",
         "X-Fulgurite-Price": dollars(price),

@@ -9,7 +9,8 @@ from fastapi import Request as HTTPRequest
 
 from fulgurite import Request
 from fulgurite.cards import card, cards
-from fulgurite.errors import UnknownModelError
+from fulgurite.errors import FulguriteError, UnknownModelError
+from fulgurite.pipeline import plan
 from fulgurite.records import Key
 from fulgurite.server.body import Body, PictureBody, read_body
 from fulgurite.server.jobs import Jobs, Order
@@ -17,7 +18,7 @@ from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.webhooks import Webhooks
-from fulgurite.settings import Settings
+from fulgurite.settings import Settings, origin
 
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -35,6 +36,9 @@ class Service:
         self.served = list(settings.models or cards())
         for name in self.served:
             card(name)  # a model that is not there is an error now, not at the first request
+        for name in settings.fast_decoder:
+            if "fast" not in card(name).decoders:
+                raise FulguriteError(f"{origin('fast_decoder')}: {name} has no fast decoder.")
         self.demo = DEMO if settings.demo else {}
         self.metrics = Metrics(engine)
         self.webhooks = Webhooks(settings)
@@ -44,6 +48,10 @@ class Service:
         """Raises UnknownModelError."""
         if model not in self.served:
             raise UnknownModelError(model, self.served)
+
+    def usual_decoder(self, model: str) -> str:
+        """Of requests that name none."""
+        return "fast" if model in self.settings.fast_decoder else "full"
 
     async def caller(self, http: HTTPRequest) -> Key:
         """The key that a request carries. Raises Problem (401)."""
@@ -83,12 +91,17 @@ class Service:
             may = ", ".join(key.limits.models) or "none"
             raise Problem(403, "model_not_allowed", f"This key may not use {body.model!r}. It may use: {may}.", "model")
         drawn_by = self.demo.get(body.model, body.model)
+        asked = body.data.model_dump()
+        if "decoder" not in body.data.model_fields_set:
+            asked["decoder"] = self.usual_decoder(drawn_by)
+        request = Request(**asked)
+        plan(card(drawn_by), request)  # what the model cannot do is refused now
         media_type = body.media_type(http.headers.get("accept", ""))
         order = Order(
             id=http.state.request_id,
             key=key,
             model=drawn_by,
-            request=Request(**body.data.model_dump()),
+            request=request,
             media_type=media_type,
             price=card(drawn_by).cost_microdollars,
             body_hash=body_hash(body, media_type),

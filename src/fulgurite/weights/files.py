@@ -27,6 +27,7 @@ class Files:
     unet: Path
     vae: Path
     lora: Path | None = None  # merged into the UNet
+    fast_decoder: Path | None = None
 
     @property
     def predicts_x0(self) -> bool:
@@ -35,12 +36,17 @@ class Files:
 
 
 def folder_files(folder: Path) -> Files:
-    """The files of a folder as diffusers publishes it. Raises WeightsError that names what is not there."""
+    """The files of a folder as diffusers publishes it, and a fast decoder's where it has one beside them.
+
+    Raises WeightsError that names what is not there.
+    """
+    fast_decoder = folder / "fast_decoder"
     return Files(
         tokenizers=tokenizer_folders(folder),
         text_encoders=(network_file(folder / "text_encoder"), network_file(folder / "text_encoder_2")),
         unet=network_file(folder / "unet"),
         vae=network_file(folder / "vae"),
+        fast_decoder=network_file(fast_decoder) if fast_decoder.is_dir() else None,
     )
 
 

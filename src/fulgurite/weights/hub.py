@@ -27,7 +27,7 @@ TOKENIZERS = tuple(
 )
 TEXT_ENCODERS = ("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors")
 BASE_UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
-VAE = "diffusion_pytorch_model.safetensors"
+VAE = "diffusion_pytorch_model.safetensors"  # the fast decoder's too
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def needed(card: Card, steps: Iterable[int], use_lora: bool) -> list[HubFile]:
     return files + [HubFile(weights.distilled, by_steps[str(n)]) for n in steps]
 
 
+def fast_decoder(card: Card) -> list[HubFile]:
+    """The file of the card's fast decoder, where it has one: drawing does without it."""
+    return [HubFile(card.weights.fast_decoder, VAE)] if card.weights.fast_decoder else []
+
+
 def cached_files(card: Card, steps: int) -> Files:
     """Where a hub model's files are on this machine: with the UNet for ``steps``, else with its LoRA.
 
@@ -85,6 +90,7 @@ def cached_files(card: Card, steps: int) -> Files:
                 unet=found[BASE_UNET] if use_lora else lightning,
                 vae=found[VAE],
                 lora=lightning if use_lora else None,
+                fast_decoder=next((file.cached() for file in fast_decoder(card)), None),
             )
     raise NotPulledError(
         f"The {steps}-step weights of {card.id} are not on this machine: `fulgurite pull {card.id} --steps {steps}`."
@@ -108,7 +114,7 @@ def pull(card: Card, steps: tuple[int, ...], use_lora: bool = False, progress: b
     A connection that breaks off is resumed; when it stays away, the files that are whole by then are kept.
     Raises FulguriteError, in one line, where the hub cannot be reached, a file is not there, or the disk is too full.
     """
-    missing = [file for file in needed(card, steps, use_lora) if not file.cached()]
+    missing = [file for file in [*needed(card, steps, use_lora), *fast_decoder(card)] if not file.cached()]
     try:
         check_disk(sum(file.size() for file in missing))
         for file in missing:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fulgurite.cards import Card
 from fulgurite.errors import WeightsError
-from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, TinyDecoder, TinyDecoderConfig, Tokenizer, UNet
 from fulgurite.weights import hub, lora, original
 from fulgurite.weights.files import Files, folder_files, read, tokenizer_folders
 from fulgurite.weights.fit import filled, fitted
@@ -21,6 +21,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # What diffusers once called the VAE's attention, and some files still do.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+ENCODER = "encoder."  # the other half of a tiny autoencoder's file
 
 
 def new_vae_name(name: str) -> str:
@@ -72,6 +74,7 @@ def locate(card: Card, steps: int) -> Files:
         unet=Path(weights.unet_file) if weights.unet_file else files.unet,
         vae=Path(weights.vae_file) if weights.vae_file else files.vae,
         lora=Path(weights.lora_file) if weights.lora_file else None,
+        fast_decoder=Path(weights.fast_decoder_file) if weights.fast_decoder_file else files.fast_decoder,
     )
 
 
@@ -97,6 +100,11 @@ def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: 
         vae=load_vae(files.vae, card, device, dtype),
         prediction=prediction,
         base=base,
+        fast_decoder=(
+            load_fast_decoder(files.fast_decoder, card.fast_decoder, device, dtype)
+            if files.fast_decoder and card.fast_decoder
+            else None
+        ),
     )
 
 
@@ -150,6 +158,19 @@ def load_vae(path: Path, card: Card, device: str, dtype: torch.dtype) -> VAE:
     return network
 
 
+def load_fast_decoder(path: Path, config: TinyDecoderConfig, device: str, dtype: torch.dtype) -> TinyDecoder:
+    """The decoder's half of a tiny autoencoder's file."""
+    network = on_meta(lambda: TinyDecoder(config))
+    tensors = {name: tensor for name, tensor in read(path).items() if not name.startswith(ENCODER)}
+    filled(network, fitted(tensors, network, as_they_are(network), path), device, dtype)
+    return network
+
+
+def as_they_are(network: nn.Module) -> original.KeyMap:
+    """For files that have the network's own names."""
+    return {name: (name, original.same) for name in network.state_dict()}
+
+
 def on_meta(build: Callable[[], Network]) -> Network:
     """A network without memory for its weights: they come from the file."""
     with torch.device("meta"):
@@ -166,4 +187,4 @@ def tensors_for(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
         return fitted(tensors, network, keys, path)
     tensors = {rename(name): tensor for name, tensor in tensors.items()}
-    return fitted(tensors, network, {name: (name, original.same) for name in network.state_dict()}, path)
+    return fitted(tensors, network, as_they_are(network), path)
