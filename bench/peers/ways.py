@@ -22,6 +22,7 @@ class Ours:
     def __init__(self, work: Work) -> None:
         dtype = usual_dtype("cpu")
         self._pipeline, self._request = Pipeline(work.card, work.networks(dtype), "cpu", dtype), work.request
+        self._pipeline.accelerate()
 
     def draw(self) -> tuple[Image.Image, dict[str, float]]:
         picture, seconds = draw_in_parts(self._pipeline, self._request)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import NotFiniteError, NotPulledError, RequestError, WeightsError
+from fulgurite.kernels import cpu
 from fulgurite.models import AttentionGuidance
 from fulgurite.sampling import (
     TRAIN_STEPS,
@@ -124,7 +125,18 @@ class Pipeline:
         of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device)
-        return cls(of_model, load_networks(of_model, of_model.steps_for(steps), device, dtype, like), device, dtype)
+        networks = load_networks(of_model, of_model.steps_for(steps), device, dtype, like)
+        pipeline = cls(of_model, networks, device, dtype)
+        pipeline.accelerate()
+        return pipeline
+
+    def accelerate(self) -> None:
+        """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
+        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
+            networks = self.networks
+            for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
+                if network:
+                    cpu.accelerate(network)
 
     def __call__(self, prompt: str, *, on_step: OnStep | None = None, **parameters: Any) -> Picture:
         """Draws one picture; ``parameters`` are those of Request."""

@@ -1,5 +1,6 @@
 """Layers that the networks share: the plain torch of what a device may have a fused kernel for (fulgurite.kernels)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,3 +23,27 @@ class DotProductAttention(nn.Module):
         """Queries ``[B, S, D]``, keys and values ``[B, L, D]`` to ``[B, S, D]``."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H, S or L, head_dim]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Upsample(nn.Module):
+    """Twice the size by nearest neighbours, then a convolution. ``[B, C, h, w]`` to ``[B, C, 2 h, 2 w]``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        """``size``: the height and width to come to instead, one less than twice these at most."""
+        return self.conv(F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by another (Shazeer, arXiv 2002.05202); the one projection holds values, then gates."""
+
+    def __init__(self, dim: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, inner * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.models.layers import DotProductAttention, GroupNormSiLU
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
 
 NAG_TAU = 2.5  # how much longer than the unguided output the guided one may be, by L1 norm: the paper's
 NAG_ALPHA = 0.5  # the guided output's share in the blend: the paper's
@@ -117,16 +117,6 @@ class Attention(nn.Module):
         return self.to_out[0](attended)
 
 
-class GEGLU(nn.Module):
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, inner * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -181,15 +171,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 def transformers(channels: int, layers: int, count: int, config: UNetConfig) -> nn.ModuleList:

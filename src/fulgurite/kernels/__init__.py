@@ -1,0 +1,1 @@
+"""Faster layers for a device, each beside the plain torch of fulgurite.models that it stands for."""

@@ -1,0 +1,145 @@
+"""Layers for a CPU: oneDNN's, their weights packed once instead of at every call, and attention as matrix products.
+
+Each stands for a layer of fulgurite.models and differs from it in rounding alone. Packed weights are no parameters: a
+network that has them cannot be saved, moved or trained.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
+
+# Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+ops = torch.ops.mkldnn  # how torch's own compiler calls oneDNN
+
+SCORES = 1 << 21  # of attention at a time: in half precision 4 MB, which stay in the cache
+FEW_SCORES = 1 << 14  # a head, up to which torch's own attention is quicker
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, with what comes after it: a function such as "gelu"."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, after: str = "none") -> None:
+        super().__init__()
+        self.weight, self.bias, self.after = ops._reorder_linear_weight(weight), bias, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops._linear_pointwise(x, self.weight, self.bias, self.after, [], "none")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The layer's output times a factor of its shape."""
+        return ops._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
+
+class PackedGEGLU(nn.Module):
+    """Two linear layers, so that the function and the product come with them and nothing is split."""
+
+    def __init__(self, plain: GEGLU) -> None:
+        super().__init__()
+        (value, gate), (value_bias, gate_bias) = plain.proj.weight.chunk(2), plain.proj.bias.chunk(2)
+        self.value, self.gate = PackedLinear(value, value_bias), PackedLinear(gate, gate_bias, "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.times(x, self.gate(x))
+
+
+class PointwiseConv2d(PackedLinear):
+    """A 1x1 convolution, which is a linear layer of channels-last pictures."""
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__(plain.weight[:, :, 0, 0], plain.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PackedConv2d(nn.Module):
+    """A convolution of channels-last pictures."""
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__()
+        self.where = plain.padding, plain.stride, plain.dilation, plain.groups
+        self.weight, self.bias = ops._reorder_convolution_weight(plain.weight, *self.where), plain.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return ops._convolution_pointwise(x, self.weight, self.bias, *self.where, "none", [], "")
+
+
+class PackedUpsample(nn.Module):
+    """Nearest neighbours and a 3x3 convolution as one transposed convolution, for 4/9 of the arithmetic.
+
+    Of the three rows that the convolution sees of the larger picture two are the same row of the smaller one, so
+    their weights can be added beforehand; likewise the columns.
+    """
+
+    where = [1, 1], [0, 0], [2, 2], [1, 1], 1  # padding, of the output, stride, dilation, groups
+
+    def __init__(self, plain: Upsample) -> None:
+        super().__init__()
+        self.plain = PackedConv2d(plain.conv)
+        add = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]])
+        weight = torch.einsum("ak,bl,oikl->ioab", add, add, plain.conv.weight.float().flip(2, 3))
+        weight = weight.to(plain.conv.weight.dtype)
+        self.weight, self.bias = ops._reorder_convolution_transpose_weight(weight, *self.where), plain.conv.bias
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        if size and size != (2 * x.shape[2], 2 * x.shape[3]):
+            return self.plain(F.interpolate(x, size=size, mode="nearest"))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return ops._convolution_transpose_pointwise(x, self.weight, self.bias, *self.where, "none", [], "")
+
+
+class CachedAttention(DotProductAttention):
+    """Attention as matrix products over as many heads, or as many queries of one head, as the cache has room for."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys = q.shape[1], k.shape[1]
+        if queries * keys <= FEW_SCORES:
+            return super().forward(q, k, v)
+        attended = torch.empty_like(q)
+        at_once, heads_at_once = max(1, SCORES // keys), max(1, SCORES // (queries * keys))
+        for row in range(len(q)):
+            of_row = (y[row].unflatten(-1, (-1, self.head_dim)).transpose(0, 1) for y in (q, k, v, attended))
+            for heads in zip(*(y.split(heads_at_once) for y in of_row), strict=True):
+                q_heads, k_heads, v_heads, out = heads  # [H, S or L, head_dim]
+                for some, some_out in zip(q_heads.split(at_once, 1), out.split(at_once, 1), strict=True):
+                    scores = torch.baddbmm(
+                        some.new_empty(1), some, k_heads.transpose(1, 2), beta=0, alpha=self.head_dim**-0.5
+                    )
+                    some_out.copy_(scores.softmax(-1) @ v_heads)
+        return attended
+
+
+class InPlaceGroupNormSiLU(GroupNormSiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(nn.GroupNorm.forward(self, x), inplace=True)
+
+
+def accelerate(network: nn.Module) -> None:
+    """Puts these layers in place of the network's own, in place, one by one, so that the memory is not needed twice."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for name, layer in network.named_children():
+        match layer:
+            case nn.Linear():
+                setattr(network, name, PackedLinear(layer.weight, layer.bias))
+            case nn.Conv2d(kernel_size=(1, 1)):
+                setattr(network, name, PointwiseConv2d(layer))
+            case nn.Conv2d():
+                setattr(network, name, PackedConv2d(layer))
+            case GEGLU():
+                setattr(network, name, PackedGEGLU(layer))
+            case Upsample():
+                setattr(network, name, PackedUpsample(layer))
+            case DotProductAttention():
+                setattr(network, name, CachedAttention(layer.head_dim))
+            case GroupNormSiLU():
+                layer.__class__ = InPlaceGroupNormSiLU
+            case _:
+                accelerate(layer)

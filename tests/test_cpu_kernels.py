@@ -1,0 +1,172 @@
+"""A CPU's faster layers against the plain ones that they stand for, on random shapes, and whole pictures by PSNR."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import small_sdxl as small
+import torch
+from conftest import SPARK, needs_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fulgurite import Pipeline, Request
+from fulgurite.cards import card
+from fulgurite.kernels import cpu
+from fulgurite.models import VAE, CLIPTextEncoder, UNet
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
+from fulgurite.weights import load_networks
+
+# Of the largest value. Both paths round to bfloat16, in different places.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = st.sampled_from(list(TOLERANCE))
+ROWS, SIDES, CHANNELS = st.integers(1, 3), st.integers(1, 20), st.sampled_from((4, 12, 32, 64))
+quickly = settings(max_examples=30, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def accelerated(layer: nn.Module) -> nn.Module:
+    """A copy, accelerated; inside another layer, since what is replaced are a network's children."""
+    network = nn.Sequential(copy.deepcopy(layer))
+    cpu.accelerate(network)
+    assert type(network[0]) is not type(layer)
+    return network[0]
+
+
+def random_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return small.roughened(layer).to(dtype).requires_grad_(False)
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    error = (found.float() - wanted.float()).abs().max()
+    assert error <= TOLERANCE[wanted.dtype] * wanted.float().abs().max()
+
+
+@quickly
+@given(DTYPES, ROWS, SIDES, CHANNELS, CHANNELS, st.booleans())
+def test_linear_layers(dtype, rows, length, inner, outer, bias):
+    layer, x = random_layer(nn.Linear(inner, outer, bias=bias), dtype), torch.randn(rows, length, inner).to(dtype)
+    assert_close(accelerated(layer)(x), layer(x))
+
+
+@quickly
+@given(DTYPES, ROWS, SIDES, CHANNELS, CHANNELS)
+def test_gated_layers(dtype, rows, length, dim, inner):
+    layer, x = random_layer(GEGLU(dim, inner), dtype), torch.randn(rows, length, dim).to(dtype)
+    assert_close(accelerated(layer)(x), layer(x))
+
+
+@quickly
+@given(
+    DTYPES, ROWS, SIDES, SIDES, CHANNELS, CHANNELS, st.sampled_from(((3, 1, 1), (3, 2, 1), (1, 1, 0))), st.booleans()
+)
+def test_convolutions(dtype, rows, height, width, inner, outer, shape, last):
+    kernel, stride, padding = shape
+    layer = random_layer(nn.Conv2d(inner, outer, kernel, stride=stride, padding=padding), dtype)
+    x = torch.randn(rows, inner, height, width).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    assert_close(accelerated(layer)(x), layer(x))
+
+
+@quickly
+@given(DTYPES, ROWS, SIDES, SIDES, CHANNELS, st.sampled_from((None, 0, 1)))
+def test_upsampling(dtype, rows, height, width, channels, less):
+    """``less``: the rows and columns that an odd latent's way back is short of twice the size."""
+    layer, x = random_layer(Upsample(channels), dtype), torch.randn(rows, channels, height, width).to(dtype)
+    size = None if less is None else torch.Size((2 * height - less, 2 * width - less))
+    assert_close(accelerated(layer)(x, size), layer(x, size))
+
+
+@quickly
+@given(DTYPES, ROWS, st.integers(1, 400), st.integers(1, 400), st.integers(1, 3), st.sampled_from((8, 32, 64)))
+def test_attention(dtype, rows, queries, keys, heads, head_dim):
+    plain = DotProductAttention(head_dim)
+    q, k, v = (torch.randn(rows, n, heads * head_dim).to(dtype) for n in (queries, keys, keys))
+    assert_close(accelerated(plain)(q, k, v), plain(q, k, v))
+
+
+@pytest.mark.parametrize("most", [1, 1000, 5000, 20_000, 50_000])
+def test_attention_cut_into_heads_and_queries(monkeypatch, most):
+    """However little the cache has room for: some queries of a head, one head, several heads, or all."""
+    monkeypatch.setattr(cpu, "SCORES", most)
+    plain, (q, k, v) = DotProductAttention(8), (torch.randn(2, n, 40) for n in (150, 130, 130))
+    assert_close(accelerated(plain)(q, k, v), plain(q, k, v))
+
+
+@quickly
+@given(DTYPES, ROWS, SIDES, SIDES)
+def test_norms(dtype, rows, height, width):
+    layer, x = random_layer(GroupNormSiLU(4, 12), dtype), torch.randn(rows, 12, height, width).to(dtype)
+    before = x.clone()
+    assert_close(accelerated(layer)(x), layer(x))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (
+            UNet(small.UNET),
+            [
+                torch.randn(2, 4, 9, 14),
+                torch.tensor([999, 3]),
+                torch.randn(2, 77, 80),
+                torch.randn(2, 48),
+                torch.full((2, 6), 512.0),
+            ],
+        ),
+        (CLIPTextEncoder(small.SECOND), [torch.randint(0, 500, (2, 77))]),
+    ],
+    ids=["unet", "text_encoder"],
+)
+def test_whole_networks(network, inputs):
+    network = random_layer(network, torch.float32)
+    wanted = network(*inputs)
+    cpu.accelerate(network)
+    found = network(*inputs)
+    pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
+    for one, other in pairs:
+        assert_close(one, other)
+    assert not any(type(layer) in (nn.Linear, nn.Conv2d, DotProductAttention) for layer in network.modules())
+
+
+def test_the_decoder():
+    network = random_layer(VAE(small.VAE), torch.float32)
+    latents, pixels = torch.randn(2, 4, 7, 9), torch.randn(1, 3, 32, 24)
+    wanted = network.decode(latents), *network.encode(pixels)
+    cpu.accelerate(network)
+    for one, other in zip((network.decode(latents), *network.encode(pixels)), wanted, strict=True):
+        assert_close(one, other)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """The peak signal's ratio to the noise between two pictures' bytes, in dB."""
+    error = np.square(one.astype(float) - other.astype(float)).mean()
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+REQUESTS = [
+    Request(prompt, width=256, height=256, num_steps=4, seed=seed)
+    for seed, prompt in enumerate(("a red rocket", "a cat on a green background", "pizza"))
+]
+FLOORS = {torch.float32: 80.0, torch.bfloat16: 45.0}  # dB, of the worst picture against the plain networks in float32
+
+
+@needs_weights
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+def test_the_embedded_models_pictures_are_the_plain_networks(dtype):
+    """Of both models, undistilled and distilled: after four steps and the decoder."""
+    for model in (SPARK, "fulgurite/spark-lightning"):
+        plain = Pipeline(card(model), load_networks(card(model), 4, "cpu", torch.float32))
+        fast = Pipeline.load(model, steps=4, dtype=dtype)
+        worst = min(psnr(np.array(plain.draw(r).image), np.array(fast.draw(r).image)) for r in REQUESTS)
+        assert worst >= FLOORS[dtype]
