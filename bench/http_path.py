@@ -1,14 +1,17 @@
 """What the HTTP path costs, with an engine that answers at once: python bench/http_path.py [--seconds 5] [--rounds 3]
 
-Ours (a key looked up, its limits, the ledger written to SQLite before each answer, metrics) beside a bare FastAPI app
-and LitServe, which only read the JSON and encode. All three make the same PNG of the same 256x256 picture, in one
-process each, and are asked by the same client in the same run. Needs: pip install litserve
+Ours (a key looked up, its limits, the ledger written to SQLite before each answer, metrics, a line of log) beside a
+bare FastAPI app and LitServe, which only read the JSON and encode. All three make the same PNG of the same 256x256
+picture, and are asked by the same client in the same run. Each has one core for all of its threads and processes (as
+LitServe encodes in a process of its own, more cores would be more machine for it), and the client has the others.
+`--cores 0` leaves the cores to the system. Linux only. Needs: pip install litserve
 """
 
 import argparse
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,7 +33,7 @@ from PIL import Image
 from fulgurite import Picture, Request
 from fulgurite.ledger import Ledger
 from fulgurite.picture_file import png_bytes
-from fulgurite.server import create_app
+from fulgurite.server import JSONLines, create_app
 from fulgurite.settings import read_settings
 
 KEY = "the-key-of-this-bench"
@@ -67,6 +70,9 @@ def ours(port: int) -> None:
         def position(self, job: Future[Picture]) -> int:
             return 0
 
+        def seconds_until_begun(self, job: Future[Picture]) -> float:
+            return 0.0
+
         def stats(self) -> dict[str, int]:
             return {"queued": 0, "running": 0, "done": 0, "failed": 0}
 
@@ -77,6 +83,9 @@ def ours(port: int) -> None:
         ledger = Ledger(f"sqlite:///{home}/ledger.db")
         ledger.keys.set_from_environment(KEY)
         app = create_app(Instant(), ledger, read_settings())
+        lines = logging.StreamHandler(open(os.devnull, "w"))
+        lines.setFormatter(JSONLines())
+        logging.basicConfig(level=logging.INFO, handlers=[lines])
         freeze()
         uvicorn.run(app, port=port, log_level="error")
 
@@ -153,12 +162,14 @@ async def load(port: int, seconds: float) -> list[float]:
     return latencies
 
 
-def measured(name: str, seconds: float) -> tuple[float, float, float]:
+def measured(name: str, seconds: float, cores: set[int]) -> tuple[float, float, float]:
     """Requests a second, and the 50th and 99th percentile of their milliseconds, after a second of warming up."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--serve", name, "--port", str(port)]
     # A process group of its own, because LitServe starts more.
-    process = subprocess.Popen([sys.executable, __file__, "--serve", name, "--port", str(port)], start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    os.sched_setaffinity(process.pid, cores)  # and so its children's
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -186,12 +197,18 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--seconds", type=float, default=5)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--cores", type=int, default=1, help="the server's; the client has the others; 0: all, both")
     arguments.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     arguments.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.serve:
         return SERVERS[given.serve](given.port)
-    rounds = [{name: measured(name, given.seconds) for name in SERVERS} for _ in range(given.rounds)]
+    cores = sorted(os.sched_getaffinity(0))
+    if given.cores >= len(cores):
+        sys.exit("No core would be left for the client.")
+    of_server = set(cores[: given.cores] or cores)
+    os.sched_setaffinity(0, set(cores) - of_server or of_server)
+    rounds = [{name: measured(name, given.seconds, of_server) for name in SERVERS} for _ in range(given.rounds)]
     for name in SERVERS:
         rate, middle, late = (statistics.median(row[name][i] for row in rounds) for i in range(3))
         ratio = statistics.median(row["ours"][0] / row[name][0] for row in rounds)
