@@ -83,7 +83,7 @@ def ours(port: int) -> None:
         ledger = Ledger(f"sqlite:///{home}/ledger.db")
         ledger.keys.set_from_environment(KEY)
         app = create_app(Instant(), ledger, read_settings())
-        lines = logging.StreamHandler(open(os.devnull, "w"))
+        lines = logging.FileHandler(os.devnull)
         lines.setFormatter(JSONLines())
         logging.basicConfig(level=logging.INFO, handlers=[lines])
         freeze()

@@ -1,7 +1,6 @@
 """What several tests share: an own home for each, a fake engine, databases, and a tiny pipeline with random weights."""
 
 import os
-import socket
 import threading
 import time
 import uuid
@@ -15,7 +14,6 @@ import postgres
 import psycopg
 import pytest
 import torch
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -38,7 +36,7 @@ from fulgurite.models import (
 from fulgurite.models.tokenizer import END, START
 from fulgurite.pipeline import Encoded, OnStep, Preview, Row, plan
 from fulgurite.sampling import trailing_schedule
-from fulgurite.server import create_app
+from fulgurite.server import create_app, server_for
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks
 
@@ -207,8 +205,7 @@ def client(engine: FakeEngine, ledger: Ledger) -> Iterator[TestClient]:
 @pytest.fixture
 def address(engine: FakeEngine, ledger: Ledger) -> Iterator[str]:
     """The fake engine's server on a real socket."""
-    config = uvicorn.Config(create_app(engine, ledger, read_settings()), log_level="warning")
-    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    server, listener = server_for(create_app(engine, ledger, read_settings()), "127.0.0.1", 0, 5)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     while not server.started:

@@ -378,6 +378,19 @@ def test_secrets_are_never_logged(
     assert not [record for record in caplog.records if secret in record.getMessage() and "httpx" not in record.name]
 
 
+def test_a_ledger_that_fails_is_a_503_that_costs_nothing(
+    client: TestClient, ledger: Ledger, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ledger._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE entries")
+    for response in (client.post("/api/v1", json=MADE), client.get("/api/v1/usage")):
+        assert code(response) == (503, "ledger_unavailable")
+        assert response.headers["retry-after"]
+        assert "entries" not in response.text
+    assert "no such table: entries" in caplog.text
+    assert [key.spent for key in ledger.keys.all()] == [0]
+
+
 def command(*arguments: str) -> Any:
     result = CliRunner().invoke(command_line, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

@@ -293,3 +293,22 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(LedgerError, match=r"x.db: file is not a database"):
         Ledger(f"sqlite:///{tmp_path / 'x.db'}")
+
+
+def test_a_database_that_fails_later_is_an_error_that_says_why(books: Ledger) -> None:
+    """Whatever is asked of it; and a settlement says so too, in its future."""
+    key, secret = books.keys.create("a")
+    with books._engine.begin() as connection:
+        for table in ("answers", "entries", "keys"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+    for ask in (
+        lambda: books.keys.find(secret),
+        books.keys.all,
+        lambda: books.keys.create("b"),
+        lambda: books.keys.revoke(key.id),
+        lambda: books.answer(key.id, id="x"),
+        lambda: books.usage(now(), now()),
+        lambda: books.settle(entry(key)).result(10),
+    ):
+        with pytest.raises(LedgerError, match="The ledger cannot be used: "):
+            ask()

@@ -177,6 +177,17 @@ def test_openapi_describes_the_request(client: TestClient) -> None:
     assert {"200", "401", "404", "413", "415", "422", "503"} <= set(post["responses"])
 
 
+def test_docs_need_no_network(client: TestClient) -> None:
+    page = client.get("/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(sources) >= 2
+    for source in sources:
+        answer = client.get(source)
+        assert source.startswith("/")
+        assert answer.status_code == 200
+        assert len(answer.content) > 1000
+
+
 EMBEDDED = "fulgurite/spark-lightning"  # the same kind of model, and small
 
 
@@ -309,6 +320,17 @@ def test_a_real_server_and_curl(served: tuple[str, object], tmp_path: Path) -> N
     response = httpx.post(url, headers=HEADERS | {"Content-Type": "application/json"}, content=bytes(5_000_000))
     assert response.status_code == 413
     assert httpx.get(url.replace("/api/v1", "/healthz")).json()["status"] == "ok"
+
+
+@needs_weights
+def test_a_picture_by_curl(served: tuple[str, object], tmp_path: Path) -> None:
+    file, request = tmp_path / "output.png", json.dumps(body() | {"model": LIGHTNING})
+    command = ["curl", "-sS", "--fail", served[0], "-d", request, "-o", file, "-D", tmp_path / "headers"]
+    headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    subprocess.run([*command, *headers], check=True)
+    with Image.open(file) as picture:
+        assert picture.size == (256, 256)
+    assert f"x-fulgurite-model: {EMBEDDED}" in (tmp_path / "headers").read_text()
 
 
 @needs_weights

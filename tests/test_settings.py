@@ -1,14 +1,16 @@
 """Where settings come from: flags, then variables, then the file, then defaults; and what is said of bad ones."""
 
+import inspect
 import os
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from fulgurite.cli import app
 from fulgurite.errors import FulguriteError
-from fulgurite.settings import read_settings
+from fulgurite.settings import Settings, read_settings
 
 
 @pytest.fixture
@@ -63,3 +65,12 @@ def test_the_command_shows_values_and_where_they_come_from(file: Path, monkeypat
     assert "127.0.0.1" in rows["host"]
     assert "default" in rows["host"]
     assert "hush" not in shown
+
+
+def test_every_setting_has_a_flag_but_what_is_secret() -> None:
+    [serve] = [command for command in app.registered_commands if command.callback.__name__ == "serve"]
+    secret = {name for name, field in Settings.model_fields.items() if field.annotation == SecretStr | None}
+    assert secret == {"api_key", "ledger", "webhook_secret"}
+    assert set(inspect.signature(serve.callback).parameters) == set(Settings.model_fields) - secret
+    result = CliRunner().invoke(app, ["serve", "--queue-size", "0"])
+    assert (result.exit_code, result.stderr[:22]) == (1, "Error: --queue-size: I")

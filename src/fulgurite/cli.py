@@ -1,9 +1,6 @@
 """The command line. torch, the server and the networks are imported by the commands that need them: help is quick."""
 
-import gc
-import logging
 import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +9,7 @@ from typer.core import TyperGroup
 
 from fulgurite.cli_bench import bench
 from fulgurite.cli_ledger import keys, usage
+from fulgurite.cli_serve import serve
 from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
 
@@ -56,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(keys, name="keys")
 app.add_typer(train, name="train")
+app.command()(serve)
 app.command()(usage)
 app.command()(bench)
 
@@ -166,82 +165,6 @@ def save(picture: "Picture", file: Path) -> None:
     request = picture.request
     how = f"{request.width}x{request.height}, {picture.steps} steps, {request.decoder} decoder, seed {request.seed}"
     typer.secho("; ".join([f"  {how}, {picture.model}, {picture.seconds:.1f} s", *picture.notes]), dim=True, err=True)
-
-
-@app.command()
-def serve(
-    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="The port; 0: any free one.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model to serve; may be repeated. Else all.")] = None,
-    fast_decoder: Annotated[
-        list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
-    ] = None,
-    demo: Annotated[
-        bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
-    ] = None,
-) -> None:
-    """Serves the hosted API."""
-    import uvicorn
-
-    from fulgurite.engine import Engine, Loader, Runner, usable_device
-    from fulgurite.ledger import open_ledger
-    from fulgurite.server import DEMO, JSONLines, create_app, demo_notice
-    from fulgurite.settings import read_settings
-
-    settings = read_settings(
-        host=host,
-        port=port,
-        models=tuple(model) if model else None,
-        fast_decoder=tuple(fast_decoder) if fast_decoder else None,
-        demo=demo,
-    )
-
-    def say(line: str) -> None:
-        typer.echo(line, err=True)
-
-    ledger = open_ledger(settings)
-    ledger.keys.set_from_environment(settings.api_key.get_secret_value() if settings.api_key else None)
-    if not any(key.state() == "active" for key in ledger.keys.all()):
-        _, secret = ledger.keys.create("first")
-        say(f"Your API key, shown this once: {secret}")
-    device = usable_device(settings.device)
-    unet_bytes = int(settings.unet_gb * 1e9) if settings.unet_gb else None
-    engine = Engine(
-        lambda: Runner(Loader(device, unet_bytes), exact=settings.exact),
-        settings.queue_size,
-        settings.deadline_seconds,
-        settings.hang_seconds,
-    )
-    lines = logging.StreamHandler()
-    lines.setFormatter(JSONLines())
-    logging.basicConfig(level=logging.INFO, handlers=[lines])
-    config = uvicorn.Config(
-        create_app(engine, ledger, settings),
-        settings.host,
-        settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-    )
-    listener = config.bind_socket()  # says what is wrong, and exits, where it cannot
-    listener.listen(config.backlog)  # from here on nobody who reads the next line is refused: who is early waits
-    say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
-    if settings.demo:
-        for asked in DEMO:
-            say(demo_notice(asked))
-    # What is here now stays: collecting garbage need not walk through all of torch again and again.
-    gc.collect()
-    gc.freeze()
-    # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        uvicorn.Server(config).run([listener])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        engine.close()
-        ledger.close()
 
 
 @app.command()

@@ -95,7 +95,7 @@ def read_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        where = f"--{name}" if name in given else origin(name)
+        where = f"--{name.replace('_', '-')}" if name in given else origin(name)
         raise FulguriteError(f"{where}: {first['msg']}.") from None
 
 

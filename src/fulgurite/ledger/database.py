@@ -7,7 +7,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from fulgurite.errors import LedgerError
@@ -35,6 +35,12 @@ def connect(url: str) -> Engine:
         engine.dispose()
         why = str(getattr(error, "orig", error)).partition("\n")[0]
         raise LedgerError(f"Cannot open the ledger {parsed.render_as_string()}: {why}.") from None
+
+    @event.listens_for(engine, "handle_error")
+    def explain(context: ExceptionContext) -> None:
+        why = str(context.original_exception).partition("\n")[0]
+        raise LedgerError(f"The ledger cannot be used: {why}.") from None
+
     return engine
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Connection, Row, delete, func, insert, or_, select, type_coerce, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
 
 from fulgurite.errors import CreditSpentError, FulguriteError, LedgerError
 from fulgurite.ledger.database import connect
@@ -154,9 +153,6 @@ class Ledger:
     def _commit_alone(self, settlement: Settlement) -> None:
         try:
             [result] = self._commit([settlement])
-        except SQLAlchemyError as error:
-            why = str(getattr(error, "orig", error)).partition("\n")[0]
-            settlement.set_exception(LedgerError(f"The ledger cannot be written: {why}."))
         except Exception as error:
             settlement.set_exception(error)
         else:

@@ -2,7 +2,8 @@
 
 from fulgurite.server.app import create_app
 from fulgurite.server.envelope import JSONLines
+from fulgurite.server.listening import server_for
 from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.service import DEMO, demo_notice
 
-__all__ = ["DEMO", "Engine", "JSONLines", "Ledger", "create_app", "demo_notice"]
+__all__ = ["DEMO", "Engine", "JSONLines", "Ledger", "create_app", "demo_notice", "server_for"]

@@ -1,9 +1,11 @@
 """The server: the hosted API, and what its operator and its customers need beside it."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from fulgurite import __version__
 from fulgurite.server.accounts import add_accounts
@@ -25,10 +27,14 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.jobs.finish()
+        stop_by = getattr(app.state, "stop_by", time.monotonic() + settings.shutdown_seconds)
+        await service.jobs.finish(stop_by - time.monotonic())
         await service.webhooks.close()
 
-    app = FastAPI(title="Fulgurite", version=__version__, redirect_slashes=False, lifespan=lifespan)
+    # Its pages bring their scripts with them: /docs works where there is no network.
+    app = FastAPIOffline(
+        title="Fulgurite", version=__version__, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     app.add_middleware(Envelope, metrics=service.metrics)
     add_problem_handlers(app)
     add_pictures(app, service)

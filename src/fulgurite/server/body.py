@@ -1,5 +1,6 @@
 """The body of ``POST /api/v1``: read within a bound, and checked to the last field."""
 
+import asyncio
 import re
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +12,8 @@ from fulgurite.parameters import Parameters, explain
 from fulgurite.picture_file import FORMATS
 from fulgurite.server.problems import Problem
 from fulgurite.server.webhooks import URL_PATTERN
+
+BODY_SECONDS = 30.0  # that a client has for sending its body
 
 
 class PictureBody(BaseModel):
@@ -67,7 +70,7 @@ def body_schema(kind: type[PictureBody]) -> dict[str, Any]:
 
 
 async def read_body(http: Request, most: int, shape: type[Body]) -> Body:
-    """Reads and checks the body. Raises Problem: 413, 415, 400 or 422."""
+    """Reads and checks the body. Raises Problem: 400, 408, 413, 415 or 422."""
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise Problem(415, "unsupported_media_type", "Send JSON, with Content-Type: application/json.")
@@ -90,10 +93,14 @@ async def read_bytes(http: Request, most: int) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > most:
-                raise too_large
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in http.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_large
     except ClientDisconnect:
         raise Problem(400, "client_gone", "The body ended early.") from None
+    except TimeoutError:
+        message = f"The body did not come within {BODY_SECONDS:g} s."
+        raise Problem(408, "body_too_slow", message, headers={"Connection": "close"}) from None
     return bytes(body)

@@ -19,6 +19,7 @@ from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
 
+LAST_SECONDS = 5.0  # that what was stopped is given to be written into the ledger
 REPLAYED = {"Idempotent-Replayed": "true"}  # Stripe's header
 
 
@@ -123,10 +124,14 @@ class Jobs:
         """About how long it waits yet, once it is queued."""
         return self._engine.seconds_until_begun(job.drawing) if job.drawing else 0.0
 
-    async def finish(self) -> None:
-        """Waits until everything that runs has come to its end in the ledger."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    async def finish(self, seconds: float) -> None:
+        """Waits until everything that runs has come to its end in the ledger; after these seconds, it is stopped."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, seconds))
+        for job in list(self._running.values()):
+            self.abandon(job)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
 
     def _ended(self, task: "asyncio.Task[Answer]") -> None:
         self._tasks.discard(task)

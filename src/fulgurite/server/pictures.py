@@ -45,7 +45,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
                 "description": "The picture; or the events of its making, the last of which has it.",
                 "content": {kind: binary for kind in FORMATS.values()} | {streaming.MEDIA_TYPE: {"schema": text}},
             },
-            **error_responses(400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 500, 503),
+            **error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503),
         },
         openapi_extra=request_body(),
         dependencies=[BEARER],

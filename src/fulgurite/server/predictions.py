@@ -153,7 +153,7 @@ def shown(base_url: str, id: str, found: Prediction | Answer) -> PredictionShown
 
 def add_predictions(app: FastAPI, service: Service) -> None:
     predictions = Predictions(service)
-    refusals = error_responses(400, 401, 402, 403, 404, 409, 413, 415, 422, 429, 500, 503)
+    refusals = error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503)
     asked: dict[str, Any] = request_body(PredictionBody)
     described: dict[int | str, dict[str, Any]] = {
         201: {"description": "It is made.", "model": PredictionShown},

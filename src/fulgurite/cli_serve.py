@@ -1,0 +1,102 @@
+"""``fulgurite serve``: the engine, the ledger and the server put together and run; a flag for every setting."""
+
+import gc
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fulgurite.engine import Engine
+    from fulgurite.ledger import Ledger
+    from fulgurite.settings import Settings
+
+
+def serve(
+    # What is secret has no flag: every user of a machine can read its processes' arguments.
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port; 0: any free one.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model to serve; may be repeated. Else all.")
+    ] = None,
+    fast_decoder: Annotated[
+        list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
+    ] = None,
+    demo: Annotated[
+        bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = None,
+    exact: Annotated[
+        bool | None, typer.Option(help="A picture is the same to the bit whoever shares its batch.")
+    ] = None,
+    unet_gb: Annotated[float | None, typer.Option(help="Gigabytes that UNets may fill before one goes.")] = None,
+    queue_size: Annotated[int | None, typer.Option(help="Pictures waiting, past which the answer is 503.")] = None,
+    deadline_seconds: Annotated[float | None, typer.Option(help="Within which a picture is made or given up.")] = None,
+    hang_seconds: Annotated[float | None, typer.Option(help="One step's, before the device is taken for dead.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="That a request's body may have.")] = None,
+    keep_seconds: Annotated[int | None, typer.Option(help="How long answers are kept for retries.")] = None,
+    webhook_private: Annotated[
+        bool | None, typer.Option("--webhook-private", help="Webhooks may go to private networks.")
+    ] = None,
+    shutdown_seconds: Annotated[int | None, typer.Option(help="For pictures being made when the server stops.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The folder where state lives.")] = None,
+) -> None:
+    """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
+    given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}
+
+    from fulgurite.ledger import open_ledger
+    from fulgurite.server import DEMO, JSONLines, create_app, demo_notice, server_for
+    from fulgurite.settings import read_settings
+
+    settings = read_settings(**given)
+    ledger = open_ledger(settings)
+    admit(settings, ledger)
+    engine = engine_for(settings)
+    lines = logging.StreamHandler()
+    lines.setFormatter(JSONLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])  # others' news, such as httpx's, may hold secrets
+    logging.getLogger("fulgurite").setLevel(logging.INFO)
+    app = create_app(engine, ledger, settings)
+    server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
+    say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
+    if settings.demo:
+        for asked in DEMO:
+            say(demo_notice(asked))
+    # What is here now stays: collecting garbage need not walk through all of torch again and again.
+    gc.collect()
+    gc.freeze()
+    # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.run([listener])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        engine.close()
+        ledger.close()
+
+
+def say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def admit(settings: "Settings", ledger: "Ledger") -> None:
+    """Lets the environment's key in; where no key would open anything, makes one and shows it."""
+    ledger.keys.set_from_environment(settings.api_key.get_secret_value() if settings.api_key else None)
+    if not any(key.state() == "active" for key in ledger.keys.all()):
+        _, secret = ledger.keys.create("first")
+        say(f"Your API key, shown this once: {secret}")
+
+
+def engine_for(settings: "Settings") -> "Engine":
+    from fulgurite.engine import Engine, Loader, Runner, usable_device
+
+    device = usable_device(settings.device)
+    unet_bytes = int(settings.unet_gb * 1e9) if settings.unet_gb else None
+
+    def runner() -> Any:
+        return Runner(Loader(device, unet_bytes), exact=settings.exact)
+
+    return Engine(runner, settings.queue_size, settings.deadline_seconds, settings.hang_seconds)

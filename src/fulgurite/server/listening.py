@@ -1,0 +1,84 @@
+"""Connections: those of slow, silent and dead clients end by themselves, and the server stops within a bound."""
+
+import asyncio
+import resource
+import socket
+import time
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_SECONDS = 20.0  # that a client has for a request's first lines
+SILENT_SECONDS = 60  # after which who reads nothing, or answers nothing to the system's probes, is taken for dead
+BACKLOG = 2048  # connections that the system keeps until they are taken
+
+
+class Connection(HttpToolsProtocol):
+    """Uvicorn's connection, which alone would wait for ever for a request that never comes or never ends."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def on_message_begin(self) -> None:
+        self._wait_for_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._waits_no_longer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._waits_no_longer()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        self._waits_no_longer()
+        self._late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _waits_no_longer(self) -> None:
+        if self._late:
+            self._late.cancel()
+
+
+class Server(uvicorn.Server):
+    """Tells the app, at the signal to stop, by when: ``app.state.stop_by``, in the monotonic clock's seconds."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.app
+        app.state.stop_by = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        await super().shutdown(sockets)
+
+
+def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tuple[Server, socket.socket]:
+    """A server, and the socket that it shall run on, which takes connections from now on: who is early waits.
+
+    Exits, having said why, where it cannot have the address.
+    """
+    # A connection is a file, of which systems often allow a thousand unless asked.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        http=Connection,
+        ws="none",
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=shutdown_seconds,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+    )
+    listener = config.bind_socket()
+    # Connections have these from their listener.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
+    listener.listen(BACKLOG)
+    return Server(config), listener
