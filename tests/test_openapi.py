@@ -1,10 +1,13 @@
 """What /openapi.json says is what the server does, to the last error: schemathesis tries it."""
 
+import httpx
 import schemathesis
-from conftest import HEADERS, FakeEngine
+from conftest import HEADERS, LIGHTNING, FakeEngine, body, drawn
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 
 from fulgurite.ledger import Ledger
+from fulgurite.records import Limits
 from fulgurite.server import create_app
 from fulgurite.settings import read_settings
 
@@ -21,3 +24,32 @@ def test_the_server_does_what_it_says(engine: FakeEngine, ledger: Ledger) -> Non
             case.call_and_validate(headers=HEADERS)
 
         answers_as_described()
+
+
+def test_every_header_of_ours_is_described(engine: FakeEngine, ledger: Ledger) -> None:
+    engine.answer = lambda model, request: drawn(model, request, ("a note",))
+    _, secret = ledger.keys.create("a", Limits(requests_per_minute=3, pictures_in_flight=1))
+    limited = {"Authorization": f"Bearer {secret}", "Idempotency-Key": "once"}
+    asked, seen = body() | {"model": LIGHTNING}, set()
+    with TestClient(create_app(engine, ledger, read_settings(demo=True))) as client:
+        paths = client.get("/openapi.json").json()["paths"]
+
+        def check(path: str, response: httpx.Response) -> None:
+            described = paths[path]["post"]["responses"][str(response.status_code)]["headers"]
+            ours = {name for name in response.headers if name.startswith("x-")}
+            ours |= {"retry-after", "www-authenticate", "idempotent-replayed"} & set(response.headers)
+            assert ours <= {name.lower() for name in described}
+            seen.update(ours)
+
+        for _ in range(2):
+            check("/api/v1", client.post("/api/v1", json=asked, headers=limited))
+        check("/api/v1/predictions", client.post("/api/v1/predictions", json=asked, headers=limited))
+        check("/api/v1", client.post("/api/v1", json=asked, headers=limited))
+        check("/api/v1", client.post("/api/v1", json=asked))
+    assert {"retry-after", "www-authenticate", "idempotent-replayed", "x-fulgurite-demo", "x-fulgurite-notes"} <= seen
+    assert all(
+        "X-Request-Id" in response["headers"]
+        for operations in paths.values()
+        for operation in operations.values()
+        for response in operation["responses"].values()
+    )

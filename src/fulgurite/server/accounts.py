@@ -109,7 +109,10 @@ def add_accounts(app: FastAPI, service: Service) -> None:
         return {"keys": [KeyShown.of(key) for key in await asyncio.to_thread(keys.all)]}
 
     @app.post(
-        "/api/v1/admin/keys", status_code=201, responses=error_responses(401, 403, 422, 503), dependencies=[BEARER]
+        "/api/v1/admin/keys",
+        status_code=201,
+        responses=error_responses(400, 401, 403, 404, 422, 503),
+        dependencies=[BEARER],
     )
     async def create_key(http: HTTPRequest, new: NewKey) -> KeyMade:
         """A new key. Its secret is shown this once."""

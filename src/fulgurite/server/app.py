@@ -11,6 +11,7 @@ from fulgurite import __version__
 from fulgurite.server.accounts import add_accounts
 from fulgurite.server.catalogue import add_catalogue
 from fulgurite.server.envelope import Envelope
+from fulgurite.server.headers import describe_everywhere
 from fulgurite.server.metrics import add_watching
 from fulgurite.server.pictures import add_pictures
 from fulgurite.server.predictions import add_predictions
@@ -42,4 +43,5 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     add_accounts(app, service)
     add_catalogue(app, service)
     add_watching(app, engine, service.metrics)
+    describe_everywhere(app)
     return app

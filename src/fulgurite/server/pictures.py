@@ -12,6 +12,7 @@ from fulgurite.picture_file import FORMATS
 from fulgurite.records import Answer
 from fulgurite.server import streaming
 from fulgurite.server.body import PictureBody, body_schema
+from fulgurite.server.headers import LIMITS, PICTURE
 from fulgurite.server.jobs import Job, Jobs, client_gone
 from fulgurite.server.problems import error_responses
 from fulgurite.server.service import Service
@@ -44,6 +45,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
             200: {
                 "description": "The picture; or the events of its making, the last of which has it.",
                 "content": {kind: binary for kind in FORMATS.values()} | {streaming.MEDIA_TYPE: {"schema": text}},
+                "headers": PICTURE | LIMITS,
             },
             **error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503),
         },

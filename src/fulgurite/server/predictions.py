@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from fulgurite.picture_file import FORMATS
 from fulgurite.records import Answer, Key
 from fulgurite.server.body import PredictionBody
+from fulgurite.server.headers import LIMITS, PICTURE
 from fulgurite.server.jobs import Job, made
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, request_body
 from fulgurite.server.problems import Problem, error_responses, problem
@@ -156,8 +157,8 @@ def add_predictions(app: FastAPI, service: Service) -> None:
     refusals = error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503)
     asked: dict[str, Any] = request_body(PredictionBody)
     described: dict[int | str, dict[str, Any]] = {
-        201: {"description": "It is made.", "model": PredictionShown},
-        202: {"description": "It is on its way.", "model": PredictionShown},
+        201: {"description": "It is made.", "model": PredictionShown, "headers": LIMITS},
+        202: {"description": "It is on its way.", "model": PredictionShown, "headers": LIMITS},
         **refusals,
     }
 
@@ -205,6 +206,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
             200: {
                 "description": "The picture.",
                 "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in FORMATS.values()},
+                "headers": PICTURE,
             },
             **error_responses(401, 404, 409, 422, 503),
         },

@@ -24,6 +24,7 @@ from fulgurite.errors import (
     UnknownModelError,
     WeightsError,
 )
+from fulgurite.server.headers import LIMITS, OF_ERRORS
 
 log = logging.getLogger("fulgurite")
 
@@ -119,4 +120,8 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
             }
         },
     }
-    return {status: {"description": "Error", "content": {"application/json": {"schema": shape}}} for status in statuses}
+    content = {"application/json": {"schema": shape}}
+    return {
+        status: {"description": "Error", "content": content, "headers": OF_ERRORS.get(status, {}) | LIMITS}
+        for status in statuses
+    }
