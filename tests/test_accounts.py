@@ -357,6 +357,7 @@ def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
     for method, path in (("GET", keys), ("POST", keys), ("DELETE", f"{keys}/x"), ("POST", f"{keys}/x/rotate")):
         assert code(client.request(method, path, json=new)) == (403, "not_an_admin")
     assert code(client.post(keys, json=new | {"models": ["acme/nope"]}, headers=admin)) == (404, "unknown_model")
+    assert client.post(keys, content=b"x", headers=admin).json()["error"]["message"].startswith("Input should be")
     for wrong in ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0}):
         assert client.post(keys, json=wrong, headers=admin).status_code == 422
 

@@ -20,9 +20,11 @@ from conftest import HEADERS, KEY, FakeEngine, body, drawn
 from PIL import Image
 
 from fulgurite import Picture, Request
+from fulgurite.errors import FulguriteError
 from fulgurite.ledger import Ledger
 from fulgurite.server import body as request_body
-from fulgurite.server import listening
+from fulgurite.server import create_app, listening, server_for
+from fulgurite.settings import read_settings
 
 CONNECTIONS = 1000
 HEAD = f"POST /api/v1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n".encode()
@@ -185,6 +187,12 @@ def test_who_does_not_read_the_answer_is_hung_up_on(request: pytest.FixtureReque
 def read_all(connection: socket.socket) -> None:
     while connection.recv(1 << 20):
         pass
+
+
+@pytest.mark.parametrize(("host", "said"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "Cannot listen on no")])
+def test_an_address_that_cannot_be_had(engine: FakeEngine, ledger: Ledger, host: str, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(FulguriteError, match=said):
+        server_for(create_app(engine, ledger, read_settings()), host, other.getsockname()[1], 1)
 
 
 def wait_until(true: Callable[[], object]) -> None:

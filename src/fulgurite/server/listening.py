@@ -10,6 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fulgurite.errors import FulguriteError
+
 HEAD_SECONDS = 20.0  # that a client has for a request's first lines
 SILENT_SECONDS = 60  # after which who reads nothing, or answers nothing to the system's probes, is taken for dead
 BACKLOG = 2048  # connections that the system keeps until they are taken
@@ -57,7 +59,7 @@ class Server(uvicorn.Server):
 def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tuple[Server, socket.socket]:
     """A server, and the socket that it shall run on, which takes connections from now on: who is early waits.
 
-    Exits, having said why, where it cannot have the address.
+    Raises FulguriteError where it cannot have the address.
     """
     # A connection is a file, of which systems often allow a thousand unless asked.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -68,17 +70,19 @@ def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tup
         port,
         http=Connection,
         ws="none",
-        backlog=BACKLOG,
         timeout_graceful_shutdown=shutdown_seconds,
         log_config=None,
         log_level="warning",
         access_log=False,
     )
-    listener = config.bind_socket()
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise FulguriteError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
     # Connections have these from their listener.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
-    listener.listen(BACKLOG)
     return Server(config), listener

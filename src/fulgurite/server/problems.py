@@ -91,7 +91,8 @@ def invalid(error: RequestValidationError) -> Problem:
     if first["type"] == "json_invalid":
         return Problem(400, "invalid_json", "The body is not JSON.")
     name = ".".join(str(part) for part in first["loc"][1:])[:100]
-    return Problem(422, "invalid_parameter", f"{name}: {first['msg']}.", name or None)
+    message = f"{name}: {first['msg']}." if name else f"{first['msg']}."
+    return Problem(422, "invalid_parameter", message, name or None)
 
 
 def add_problem_handlers(app: FastAPI) -> None:
