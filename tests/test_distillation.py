@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_sdxl import FIRST, SECOND, UNET, roughened, write_tokenizer
+from small_sdxl import VAE as SMALL_VAE
 from torch import nn
 
 from fulgurite import Pipeline
 from fulgurite.cards import card
-from fulgurite.models import CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 from fulgurite.pipeline import Plan, Request, Row
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
 from fulgurite.training import distil as distillation
@@ -28,21 +30,24 @@ from fulgurite.training.distil import (
     begun,
     distil,
     landing,
+    network,
     renoised,
     squared,
 )
-from fulgurite.training.evaluation import Reader, found, frechet, score
+from fulgurite.training.evaluation import found, frechet, score
 from fulgurite.training.latents import LatentSet
-from fulgurite.training.low_rank import LoRA, save_lora
+from fulgurite.training.loop import Run, TimeIsUpError, save_network
+from fulgurite.training.low_rank import LoRA
 from fulgurite.training.plans import PAPER, QUICK
+from fulgurite.training.reader import Reader
 from fulgurite.training.scenes import random_scene
 from fulgurite.training.sources import SPRITE, Sprites, Thing
 from fulgurite.training.steps import Conditions, Guide, Sayer, walked
 from fulgurite.weights import load_networks
 from fulgurite.weights.load import load_unet
 
-CARD = replace(card("fulgurite/spark"), unet=UNET, text_encoders=(FIRST, SECOND))
-SQUARED = Distillation("4", None, 8, 4, "squared", None, updates=4)
+CARD = replace(card("fulgurite/spark"), unet=UNET, vae=SMALL_VAE, text_encoders=(FIRST, SECOND))
+SQUARED = Distillation("4", None, 8, 4, "squared", None, updates=4, peak=1e-3, rank=2)
 
 
 def conditions(rows: int) -> Conditions:
@@ -76,7 +81,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float16)
     shown = LatentSet((256, 256), latents, scenes)
     tokenizer = Tokenizer.from_folder(folder, 24)
-    return Ground(CARD, folder / "unet.safetensors", tokenizer, encoders, shown, rank=2, convolutions=True, batch=2)
+    vae = VAE(SMALL_VAE).eval()
+    return Ground(CARD, folder / "unet.safetensors", (tokenizer, tokenizer), encoders, vae, shown, batch=2)
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
@@ -168,24 +174,23 @@ def test_a_judge_is_best_off_telling_them_apart() -> None:
     assert judge_loss(sure, -sure) < 0.001 < judge_loss(unsure, unsure) < judge_loss(-sure, sure)
 
 
-@pytest.mark.parametrize("convolutions", [True, False])
-def test_a_lora_is_read_back_as_it_was_trained(ground: Ground, tmp_path: Path, convolutions: bool) -> None:
+def test_a_lora_is_read_back_as_it_was_trained(ground: Ground, tmp_path: Path) -> None:
     unet = load_unet(ground.unet, CARD, "cpu", torch.float32)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), *vars(conditions(2)).values()
     plain = unet(*inputs)
-    lora = LoRA(unet, 2, convolutions)
+    lora = LoRA(unet, 2)
     lora.attach(unet)
     torch.testing.assert_close(unet(*inputs), plain)  # nothing is changed at first
     roughened(lora)
     with torch.no_grad():
         for parameter in lora.parameters():
             parameter.copy_(parameter.half())
-    save_lora(lora, tmp_path / "lora.safetensors")
-    merged = load_unet(ground.unet, CARD, "cpu", torch.float32, tmp_path / "lora.safetensors")
+    save_network(lora, tmp_path / "lora.safetensors")
+    merged = load_unet(ground.unet, CARD, "cpu", torch.float32, [tmp_path / "lora.safetensors"])
     changed = unet(*inputs)
     torch.testing.assert_close(merged(*inputs), changed, atol=1e-4, rtol=1e-4)
     assert (changed - plain).abs().max() > 0.01
-    again = LoRA(UNet(UNET), 2, convolutions)
+    again = LoRA(UNet(UNET), 2)
     again.load(tmp_path / "lora.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), lora.parameters(), strict=True))
 
@@ -213,13 +218,70 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(
 @pytest.mark.parametrize("objective", ["conditional", "relaxed"])
 def test_a_student_of_a_student_learns_against_a_judge(ground: Ground, tmp_path: Path, objective: str) -> None:
     distil(SQUARED, ground, tmp_path, tmp_path / "work")
-    plan = Distillation("2", "4", 4, 2, objective, "4", updates=2, peak=1e-2)
-    before, after = load_file(tmp_path / "4.safetensors"), load_file(distil(plan, ground, tmp_path, tmp_path / "work"))
+    plan = Distillation("2", "4", 4, 2, objective, "4", updates=2, peak=1e-2, rank=2)
+    before, after = (
+        load_file(tmp_path / "4step_lora.safetensors"),
+        load_file(distil(plan, ground, tmp_path, tmp_path / "work")),
+    )
     assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_small_changes_are_merged_and_the_whole_unet_learns_on(ground: Ground, tmp_path: Path) -> None:
+    """A LoRA upon a LoRA, then all weights, then a LoRA upon those: the file of each is what the next begins with."""
+    plans = (
+        SQUARED,
+        replace(SQUARED, name="upon", teacher="4", teacher_steps=4, steps=2, upon="4"),
+        replace(SQUARED, name="2", teacher="4", teacher_steps=4, steps=2, upon="4", start="upon", rank=None),
+        replace(SQUARED, name="1", teacher="2", teacher_steps=2, steps=1, upon="2", objective="relaxed"),
+    )
+    for plan in plans:
+        distil(plan, ground, tmp_path, tmp_path / "work")
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [
+        "1step_lora.safetensors",
+        "2step_unet.safetensors",
+        "4step_lora.safetensors",
+        "upon_lora.safetensors",
+    ]
+    base, four, both, whole, one = (
+        network(ground, tmp_path, *names).state_dict() for names in ((), ("4",), ("4", "upon"), ("4", "2"), ("2", "1"))
+    )
+    merged, learned = (sum((a[n] - b[n]).abs().sum() for n in a) for a, b in ((both, four), (whole, both)))
+    assert merged > 0
+    assert learned > 0
+    assert any(not torch.equal(whole[name], both[name]) for name in whole if "norm" in name)  # a LoRA has no norms
+    assert any(not torch.equal(one[name], whole[name]) for name in whole)
+    assert any(not torch.equal(four[name], base[name]) for name in base)
+
+
+def test_a_student_may_predict_the_clean_latent_where_its_teacher_predicts_noise(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And blocks computed twice, to spare memory, learn the same."""
+    monkeypatch.setattr(distillation, "SHEET_EVERY", 2)
+    noise = replace(ground, card=replace(CARD, prediction="epsilon"))
+    plan = replace(SQUARED, name="1", teacher_steps=2, steps=1, prediction="x0", rank=None)
+    once = load_file(distil(plan, noise, tmp_path / "once", tmp_path / "a"))
+    twice = load_file(distil(plan, replace(noise, checkpointing=True), tmp_path / "twice", tmp_path / "b"))
+    for name, tensor in once.items():
+        torch.testing.assert_close(twice[name], tensor, atol=2e-3, rtol=2e-3)
+    with Image.open(tmp_path / "a/1/sheet-000004.jpg") as drawn:
+        assert drawn.size == (8 * 256, 256)
+
+
+def test_a_run_whose_time_is_up_keeps_what_it_did(ground: Ground, tmp_path: Path) -> None:
+    late = replace(ground, run=Run(until=0))
+    for step in range(1, 4):
+        with pytest.raises(TimeIsUpError, match=f"at step {step} of 4"):
+            distil(SQUARED, late, tmp_path / "late", tmp_path / "work")
+    late = load_file(distil(SQUARED, late, tmp_path / "late", tmp_path / "work"))
+    whole = load_file(distil(SQUARED, ground, tmp_path / "whole", tmp_path / "other"))
+    assert all(torch.equal(tensor, late[name]) for name, tensor in whole.items())
 
 
 def test_guidance_is_in_the_first_teachers_steps_alone(ground: Ground) -> None:
-    sayer = Sayer(ground.tokenizer, ground.encoders, "cpu")
+    sayer = Sayer(ground.tokenizers, ground.encoders, "cpu")
     unet, schedule = load_unet(ground.unet, CARD, "cpu", torch.float32), trailing_schedule(8)
     guided, plain = (
         a_step(unet, ground, sayer, replace(SQUARED, teacher=teacher), schedule, 0) for teacher in (None, "8")
@@ -232,13 +294,13 @@ def test_guidance_is_in_the_first_teachers_steps_alone(ground: Ground) -> None:
 def test_a_plan_names_students_that_are_there_by_then(plans: tuple[Distillation, ...]) -> None:
     done: set[str] = set()
     for plan in plans:
-        assert {plan.teacher, plan.start} - {None} <= done
+        assert {plan.teacher, plan.start, plan.upon} - {None} <= done
         assert plan.teacher_steps % plan.steps == 0
         assert set(trailing_schedule(plan.steps).timesteps.tolist()) <= set(
             trailing_schedule(plan.teacher_steps).timesteps.tolist()
         )
         done.add(plan.name)
-    assert {"8", "4", "2", "1"} <= done
+    assert {"2", "1"} <= done
 
 
 def test_distances_are_those_of_normal_distributions() -> None:

@@ -1,7 +1,10 @@
 """The recipe's parts: scenes and their captions, the tokenizer, the noise, and runs that go on where they stopped."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -170,6 +173,28 @@ def test_crops_are_parts_of_the_pictures() -> None:
     assert any(torch.equal(crop, p[:, y : y + 96, x : x + 96]) for p in whole for y in range(5) for x in range(5))
 
 
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from torch import nn
+from fulgurite.training.loop import Stage
+
+def batch(number):
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+
+processes = PartialState(cpu=True)
+assert processes.num_processes == int(sys.argv[1][-1])
+torch.manual_seed(3)
+stage = Stage(Path(sys.argv[1]), nn.ModuleDict({"one": nn.Linear(3, 1)}), peak=0.1, steps=20, decay=0.9)
+while stage.step < 20:
+    numbers = [2 * stage.step, 2 * stage.step + 1] if processes.num_processes == 1 else [stage.number]
+    x = torch.cat([batch(number) for number in numbers])
+    stage.update({"loss": (stage.networks["one"](x) - x.sum(1, keepdim=True)).square().mean()})
+"""
+
+
 def run_stage(folder: Path, until: int) -> Stage:
     torch.manual_seed(3)
     stage = Stage(folder, nn.ModuleDict({"one": nn.Linear(3, 1)}), peak=0.1, steps=40, decay=0.9)
@@ -186,6 +211,18 @@ def test_a_stage_that_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     for a, b in zip(whole.average.parameters(), parts.average.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert run_stage(tmp_path / "whole", 40).step == 40
+
+
+def test_two_processes_learn_what_one_does_from_both_their_batches(tmp_path: Path) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(TWO_PROCESSES)
+    for processes in ("1", "2"):
+        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, script, tmp_path / processes]
+        subprocess.run([sys.executable, "-m", *launch], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (torch.load(tmp_path / f"{n}/checkpoint.pt", weights_only=True) for n in (1, 2))
+    assert two["step"] == one["step"] == 20
+    for name, tensor in one["average"].items():
+        torch.testing.assert_close(two["average"][name], tensor)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

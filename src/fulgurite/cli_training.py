@@ -1,8 +1,12 @@
 """`fulgurite train`: the small model from nothing, its students of few steps, and what they are worth."""
 
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +15,7 @@ import typer
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
+    from fulgurite.training.loop import Run
     from fulgurite.training.recipe import Preset
 
 train = typer.Typer(no_args_is_help=True, help="Trains, distils and evaluates the small model.")
@@ -18,6 +23,8 @@ EMBEDDED = Path(str(resources.files("fulgurite") / "embedded"))
 
 Work = Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")]
 Named = Annotated[str, typer.Option("--preset", help="How much of everything: cpu or gpu.")]
+Minutes = Annotated[float, typer.Option(min=0.1, help="Stops after so many; the same command goes on there.")]
+Prompts = Annotated[int, typer.Option(min=100, help="How many held-out captions are drawn.")]
 Model = Annotated[Path, typer.Option(help="The undistilled model's folder; else the one inside the package.")]
 
 
@@ -34,17 +41,37 @@ def checked(preset: str) -> "Preset":
     return PRESETS[preset]
 
 
+@contextmanager
+def timed(device: str, minutes: float) -> Iterator["Run"]:
+    """What a run may use. Exits with 3 where its time was not enough, so that a script knows to start it again."""
+    from accelerate import PartialState
+
+    from fulgurite.training.loop import Run, TimeIsUpError
+
+    here = str(PartialState(cpu=device == "cpu").device)
+    try:
+        yield Run(here, time.monotonic() + 60 * minutes)
+    except TimeIsUpError as error:
+        typer.echo(f"{error} The same command goes on there.")
+        raise typer.Exit(3) from error
+
+
 @train.command()
 def recipe(
     work: Work,
     out: Annotated[Path, typer.Option(help="Where the weights go; the students' beside it.")] = Path("spark"),
+    prompts: Prompts = 2000,
     preset: Named = "cpu",
+    minutes: Minutes = inf,
 ) -> None:
-    """Trains the small model from nothing and distils it, by the recipe that made those inside the package."""
+    """Trains the small model from nothing, distils and evaluates it, by the recipe of the one inside the package."""
     amounts = checked(preset)
-    from fulgurite.training.recipe import train as run
+    from fulgurite.training.recipe import evaluate_in
+    from fulgurite.training.recipe import train as run_stages
 
-    run(work, out, amounts)
+    with timed(amounts.device, minutes) as run:
+        run_stages(work, out, amounts, run)
+        evaluate_in(work, out, out.with_name(f"{out.name}-lightning"), amounts, prompts, run)
 
 
 @train.command()
@@ -53,24 +80,44 @@ def distil(
     out: Annotated[Path, typer.Option(help="Where the students' LoRA files go.")] = Path("spark-lightning"),
     model: Model = EMBEDDED / "spark",
     preset: Named = "cpu",
+    minutes: Minutes = inf,
 ) -> None:
     """Distils a finished small model into students of 8, 4, 2 and 1 steps."""
     amounts = checked(preset)
     from fulgurite.training.recipe import distil_from
 
-    distil_from(work, model, out, amounts)
+    with timed(amounts.device, minutes) as run:
+        distil_from(work, model, out, amounts, run)
 
 
 @train.command()
 def evaluate(
     work: Work,
-    students: Annotated[Path, typer.Option(help="A folder of LoRA files whose names begin with their steps.")],
+    students: Annotated[Path, typer.Option(help="A folder of students' files.")] = EMBEDDED / "spark-lightning",
     model: Model = EMBEDDED / "spark",
-    prompts: Annotated[int, typer.Option(min=100, help="How many held-out captions are drawn.")] = 2000,
+    prompts: Prompts = 2000,
+    held_out_pairs: Annotated[bool, typer.Option(help="Only things in styles that training kept them from.")] = False,
     preset: Named = "cpu",
+    minutes: Minutes = inf,
 ) -> None:
     """Prints how often an encoder of pictures and captions finds what was asked for, and how real pictures look."""
     amounts = checked(preset)
     from fulgurite.training.recipe import evaluate_in
 
-    evaluate_in(work, model, students, amounts, prompts)
+    with timed(amounts.device, minutes) as run:
+        evaluate_in(work, model, students, amounts, prompts, run, held_out_pairs)
+
+
+@train.command()
+def distil_sdxl(
+    work: Work,
+    model: Annotated[Path, typer.Option(help="SDXL's base model: its folder as diffusers publishes it.")],
+    pictures: Annotated[Path, typer.Option(help="A folder of pictures, a caption beside each: fox.jpg, fox.txt.")],
+    out: Annotated[Path, typer.Option(help="Where the students' files go.")] = Path("sdxl-lightning"),
+    minutes: Minutes = inf,
+) -> None:
+    """Distils SDXL itself, on one GPU or, by accelerate launch, on many."""
+    from fulgurite.training.sdxl import distil_sdxl as run_stages
+
+    with timed("cuda", minutes) as run:
+        run_stages(work, model, pictures, out, run)

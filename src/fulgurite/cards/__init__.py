@@ -32,7 +32,8 @@ class Weights:
     unets: dict[str, str] = field(default_factory=dict)  # steps to the file made for them; "_x0" in a name: predicts x0
     loras: dict[str, str] = field(default_factory=dict)
 
-    # "local"; "embedded" too has its path, and those of its LoRA files, inside the package
+    # "local"; "embedded" too has its path, and those of its LoRA files, inside the package: a step count's own file
+    # in loras is merged after the one that all share, lora_file
     path: str = ""  # a folder as diffusers publishes it, or a whole single file
     unet_file: str = ""  # instead of the UNet in path
     vae_file: str = ""  # instead of the VAE in path

@@ -57,7 +57,9 @@ class Discriminator(nn.Module):
         """A logit for each row ``[B]``: above 0, the teacher's."""
         seen = (end, begin) if self.conditional else (end,)
         features = [self.unet.encode(z.x, z.timesteps, context, pooled, sizes)[0] for z in seen]
-        return self.head(torch.cat(features, dim=1))
+        # In float32: in bfloat16 on a CPU the gradients of the second convolution's weights were at times not numbers.
+        with torch.autocast(end.x.device.type, enabled=False):
+            return self.head(torch.cat(features, dim=1).float())
 
 
 def judge_loss(real: Tensor, fake: Tensor) -> Tensor:

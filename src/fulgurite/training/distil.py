@@ -7,27 +7,33 @@ discriminator, first one that sees where the step began, then one that does not.
 undistilled UNet; teachers are read with the loader that serves them.
 """
 
-from copy import deepcopy
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fulgurite.cards import Card
-from fulgurite.models import Tokenizer, UNet
+from fulgurite.models import VAE, Tokenizer, UNet
+from fulgurite.models.unet import ResnetBlock, TransformerBlock
+from fulgurite.pipeline import to_image
 from fulgurite.sampling import Schedule, euler_step, per_row, scale_input, trailing_schedule, train_sigmas
 from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss
-from fulgurite.training.latents import LatentSet
-from fulgurite.training.loop import Stage
-from fulgurite.training.low_rank import LoRA, save_lora
-from fulgurite.training.scenes import caption, no_caption
-from fulgurite.training.steps import Conditions, Guide, Sayer, denoised, on, seeded, walked
+from fulgurite.training.latents import LatentSet, said
+from fulgurite.training.loop import HERE, Run, Stage, save_network
+from fulgurite.training.low_rank import LoRA
+from fulgurite.training.scenes import no_caption
+from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
 from fulgurite.weights.load import load_unet
 
 JUDGED_AT = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before they are judged, at random
 JUDGES_SHARE = 0.1  # of the student's learning rate: the judge's whole UNet learns, the student's changes are small
 SAVE_EVERY = 100  # updates
+SHEET_EVERY = 200  # updates
+SHEET = 8  # pictures
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,10 @@ class Distillation:
     objective: str  # "squared", "conditional" or "relaxed"
     start: str | None  # the student whose weights it begins with
     updates: int
-    peak: float = 1e-3
+    peak: float
+    rank: int | None  # of its changes, which are a LoRA file; None: the whole UNet learns, and is a file
+    upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
+    prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -
 
 def adversarial(judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor) -> dict[str, Tensor]:
     """Both sides' losses on a student's clean latents; each reaches its own side's weights alone."""
-    mine = euler_step(step.x, clean, step.sigma, step.following)
+    shown = clean.detach().requires_grad_()
+    mine = euler_step(step.x, shown, step.sigma, step.following)
     at = torch.tensor(JUDGED_AT, device=mine.device)[torch.randint(len(JUDGED_AT), (len(mine),), device=mine.device)]
     noise = torch.randn_like(mine)
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
@@ -99,9 +109,9 @@ def adversarial(judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor)
             end = renoised(x, step, at, noise, sigmas)
             return judge(end, begin, told.context, told.pooled, told.sizes).float()
 
-    judge.requires_grad_(False)
     fooled = student_loss(judged(mine))
-    judge.requires_grad_(True)
+    (slope,) = torch.autograd.grad(fooled, shown)
+    fooled = fooled.detach() + ((clean - shown.detach()) * slope).sum()
     return {"adversarial": fooled, "judge": judge_loss(judged(step.reached), judged(mine.detach()))}
 
 
@@ -111,27 +121,46 @@ class Ground:
 
     card: Card
     unet: Path  # the undistilled UNet's file
-    tokenizer: Tokenizer
+    tokenizers: tuple[Tokenizer, Tokenizer]
     encoders: nn.ModuleDict
+    vae: VAE  # for sheets of samples
     latents: LatentSet
-    rank: int
-    convolutions: bool  # whether they are changed too
     batch: int
-    device: str = "cpu"
+    run: Run = HERE
+    dtype: torch.dtype = torch.float32  # of all that does not learn
+    checkpointing: bool = False  # activations computed twice rather than kept: SDXL's do not fit otherwise
+
+
+def student_file(students: Path, name: str, whole: bool) -> Path:
+    """As SDXL-Lightning names its files: those with a step count for a name are ``4step_lora.safetensors``."""
+    return students / f"{name}{'step' * name.isdigit()}_{'unet' if whole else 'lora'}.safetensors"
+
+
+def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dtype | None = None) -> UNet:
+    """The undistilled UNet with these students' changes, one upon the other; a whole UNet replaces what is beneath."""
+    path, loras = ground.unet, list[Path]()
+    for name in dict.fromkeys(name for name in names if name):
+        whole = student_file(students, name, whole=True)
+        if whole.exists():
+            path, loras = whole, []
+        else:
+            loras.append(student_file(students, name, whole=False))
+    unet = load_unet(path, ground.card, ground.run.device, dtype or ground.dtype, loras)
+    return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
     """Scenes at random, each noised to where one of the student's steps begins; its teacher walks to the end."""
-    rng = seeded("distil", plan.name, number)
+    rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, scenes = ground.latents.batch(ground.batch, rng)
-    told = sayer([caption(scene, rng) for scene in scenes], ground.latents.size)
+    told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
     guide = None
     if plan.teacher is None:
         away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
         guide = Guide(away, ground.card.guidance_strength)
     stride = plan.teacher_steps // plan.steps
-    first = stride * torch.randint(plan.steps, (ground.batch,)).to(ground.device)
-    x = begun(clean.to(ground.device), torch.randn(clean.shape).to(ground.device), first, schedule)
+    first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
+    x = begun(clean.to(device), torch.randn(clean.shape).to(device), first, schedule)
     reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     end = first + stride
     after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[end]
@@ -140,41 +169,73 @@ def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, sche
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
     """Trains one student in ``folder``, going on from its checkpoint; writes the average to ``students`` as a file."""
-    path = students / f"{plan.name}.safetensors"
+    path = student_file(students, plan.name, plan.rank is None)
     if path.exists():
         return path
     torch.manual_seed(0)
-    teacher_file = students / f"{plan.teacher}.safetensors" if plan.teacher else None
-    teacher, unet = (
-        load_unet(ground.unet, ground.card, ground.device, torch.float32, file).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for file in (teacher_file, None)
-    )
-    networks = nn.ModuleDict({"lora": LoRA(unet, ground.rank, ground.convolutions).to(ground.device)})
-    lora = networks["lora"]
-    assert isinstance(lora, LoRA)
-    if plan.start:
-        lora.load(students / f"{plan.start}.safetensors")
-    if plan.objective != "squared":
-        networks["judge"] = Discriminator(deepcopy(unet), plan.objective == "conditional").to(ground.device)
-    lora.attach(unet)
-    shares = {"lora": 1.0, "judge": JUDGES_SHARE} if "judge" in networks else None
-    stage = Stage(
-        folder / plan.name, networks, plan.peak, plan.updates, decay=0.99, save_every=SAVE_EVERY, shares=shares
-    )
+    device, folder = ground.run.device, folder / plan.name
+    teacher = network(ground, students, plan.upon, plan.teacher)
+    unet, networks = learning(plan, ground, students)
+    shares = {"student": 1.0, "judge": JUDGES_SHARE} if "judge" in networks else None
+    stage = Stage(folder, networks, plan.peak, plan.updates, 0.99, SAVE_EVERY, shares, ground.run)
 
-    sayer = Sayer(ground.tokenizer, ground.encoders, ground.device)
-    schedule = on(trailing_schedule(plan.teacher_steps), ground.device)
-    sigmas = train_sigmas().to(ground.device)
+    sayer = Sayer(ground.tokenizers, ground.encoders, device)
+    schedule = on(trailing_schedule(plan.teacher_steps), device)
+    sigmas = train_sigmas().to(device)
     while stage.step < plan.updates:
-        step = a_step(teacher, ground, sayer, plan, schedule, stage.step)
-        clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, ground.card.prediction)
+        step = a_step(teacher, ground, sayer, plan, schedule, stage.number)
+        clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, plan.prediction or ground.card.prediction)
         if "judge" in networks:
             judge = networks["judge"]
             assert isinstance(judge, Discriminator)
             stage.update(adversarial(judge, clean, step, sigmas))
         else:
             stage.update({"squared": squared(clean, step)})
+        if stage.due(SHEET_EVERY):
+            sheet(unet, ground, sayer, plan, folder / f"sheet-{stage.step:06d}.jpg")
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
-    save_lora(average["lora"], path)
+    if stage.processes.is_main_process:
+        save_network(average["student"], path)
+    stage.processes.wait_for_everyone()
     return path
+
+
+def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict]:
+    """The student's UNet, and what of it learns, with the judge where it has one."""
+    if plan.rank is None:
+        unet = network(ground, students, plan.upon, plan.start, dtype=torch.float32)
+        networks = nn.ModuleDict({"student": unet.requires_grad_(True)})
+    else:
+        unet = network(ground, students, plan.upon)
+        lora = LoRA(unet, plan.rank).to(ground.run.device)
+        if plan.start:
+            lora.load(student_file(students, plan.start, whole=False))
+        lora.attach(unet)
+        networks = nn.ModuleDict({"student": lora})
+    if plan.objective != "squared":
+        judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
+        networks["judge"] = Discriminator(judges, plan.objective == "conditional").to(ground.run.device)
+    if ground.checkpointing:
+        for module in (unet, *networks.values()):
+            checkpoint_blocks(module)
+    return unet, networks
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """From here on each block's activations are computed again on the way back (Chen et al., arXiv 1604.06174)."""
+    for module in network.modules():
+        if isinstance(module, ResnetBlock | TransformerBlock):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def sheet(unet: UNet, ground: Ground, sayer: Sayer, plan: Distillation, path: Path) -> None:
+    """Eight of the data's captions as the student draws them now, each from the noise of its own number."""
+    rng = random.Random("sheet")
+    scenes = ground.latents.batch(SHEET, rng)[1]
+    card = replace(ground.card, prediction=plan.prediction or ground.card.prediction)
+    told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
+    random_state = torch.get_rng_state()
+    latents = drawn(unet, card, ground.latents.size, told, None, range(SHEET), plan.steps)
+    torch.set_rng_state(random_state)
+    to_image(torch.cat(list(decoded(ground.vae, latents).cpu()), dim=2)).save(path)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fulgurite.models import VAE
-from fulgurite.training.scenes import Scene, random_scene, render
+from fulgurite.training.scenes import Scene, caption, held_out, random_scene, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
 
@@ -19,8 +19,9 @@ CHUNK = 32  # scenes encoded together
 
 
 def scene_at(sprites: Sprites, size: tuple[int, int], index: int) -> Scene:
-    """The data set's scene of this number: it depends on size and number alone."""
-    return random_scene(random.Random(f"scene {size} {index}"), sprites, size)
+    """The data set's scene of this number: it depends on size and number alone. None shows a held-out pair."""
+    rng = random.Random(f"scene {size} {index}")
+    return next(scene for scene in iter(lambda: random_scene(rng, sprites, size), None) if not held_out(scene))
 
 
 @torch.inference_mode()
@@ -47,12 +48,17 @@ class LatentSet:
 
     size: tuple[int, int]
     latents: np.ndarray  # [N, C, h, w], float16
-    scenes: list[Scene]
+    scenes: list[Scene] | list[str]  # or a caption each
 
-    def batch(self, count: int, rng: random.Random) -> tuple[torch.Tensor, list[Scene]]:
+    def batch(self, count: int, rng: random.Random) -> tuple[torch.Tensor, list]:
         """Some scenes at random: latents ``[B, C, h, w]``, float32, and what is in them."""
         picks = rng.choices(range(len(self.scenes)), k=count)
         return torch.from_numpy(self.latents[picks]).float(), [self.scenes[i] for i in picks]
+
+
+def said(what: Scene | str, rng: random.Random) -> str:
+    """A caption: of a scene a new one each time."""
+    return what if isinstance(what, str) else caption(what, rng)
 
 
 def build_latents(

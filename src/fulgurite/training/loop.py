@@ -1,14 +1,49 @@
-"""What every training stage shares: a learning rate over time, averaged weights, checkpoints that resume, a log."""
+"""What every training stage shares: a learning rate over time, averaged weights, checkpoints that resume, a log.
+
+``accelerate launch``, or ``torchrun`` where there is no GPU, runs a stage as several processes: each draws batches of
+its own, and all make the same update with their gradients' mean.
+"""
 
 import json
 import math
 import time
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch import nn
+
+
+class TimeIsUpError(Exception):
+    """A run's time is up; what it has done is kept, and the same command goes on there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run may use."""
+
+    device: str = "cpu"
+    until: float = math.inf  # by time.monotonic: then it stops, at a checkpoint
+
+    @property
+    def kind(self) -> str:
+        """Of the device: cpu or cuda."""
+        return torch.device(self.device).type
+
+    def over(self) -> bool:
+        """Whether the time is up in any of the processes, the same answer in all."""
+        late = torch.tensor(float(time.monotonic() > self.until), device=self.device)
+        return bool(reduce(late, "sum") > 0)
+
+
+HERE = Run()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -17,11 +52,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def save_network(network: nn.Module, path: Path) -> None:
+    """Writes float16 safetensors in the published layout: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
+    path.with_suffix(".new").replace(path)
+
+
 class Stage:
     """One stage's networks, optimizer and averaged weights, kept in ``folder`` so that a run can go on.
 
     The average (EMA) is what ships: it is a few points better than the last step's weights. ``shares`` are the
-    networks' own parts of the learning rate, where they differ.
+    networks' own parts of the learning rate, where they differ. Files are written by the first process alone.
     """
 
     def __init__(
@@ -33,26 +76,39 @@ class Stage:
         decay: float,
         save_every: int = 500,
         shares: dict[str, float] | None = None,
+        run: Run = HERE,
     ) -> None:
         self.folder, self.networks, self.peak, self.steps, self.decay = folder, networks, peak, steps, decay
-        self.save_every = save_every
+        self.save_every, self.run, self.processes = save_every, run, PartialState()
         self.average = deepcopy(networks).requires_grad_(False)
+        self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
         groups = [{"params": networks[name].parameters(), "share": share} for name, share in (shares or {}).items()]
-        self.optimizer = torch.optim.AdamW(
-            groups or networks.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW(groups or self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
-            self._load(torch.load(self.checkpoint, weights_only=True))
+            self._load(torch.load(self.checkpoint, map_location=run.device, weights_only=True))
+        self.bar = progress_bar()
+        self.task = self.bar.add_task(folder.name, total=steps, completed=self.step, losses="")
+
+    @property
+    def number(self) -> int:
+        """Of this process's next batch: no two batches of a stage have the same."""
+        return self.step * self.processes.num_processes + self.processes.process_index
 
     def update(self, losses: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on the sum of the losses; logs every 50 steps, saves now and then and at the end."""
+        """One optimizer step on the sum of the losses; logs every 50 steps, saves now and then and at the end.
+
+        Raises TimeIsUpError once the run's time is over.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.peak) * group.get("share", 1.0)
         sum(losses.values()).backward()  # type: ignore[union-attr]
-        torch.nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = reduce(parameter.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
@@ -62,20 +118,37 @@ class Stage:
         self.step += 1
         for name, loss in losses.items():
             self.losses[name] = 0.95 * self.losses.get(name, loss.item()) + 0.05 * loss.item()
-        if self.step % 50 == 0:
-            self._log()
-        if self.step % self.save_every == 0 or self.step == self.steps:
+        self._tell()
+        over = self.run.over()
+        if over or self.step % self.save_every == 0 or self.step == self.steps:
             self.save()
+        if over and self.step < self.steps:
+            self.bar.stop()
+            raise TimeIsUpError(f"The time is up, at step {self.step} of {self.steps} of the stage {self.folder.name}.")
 
-    def _log(self) -> None:
-        row = {"step": self.step, "seconds": round(time.perf_counter() - self.started, 1)}
-        row |= {name: round(loss, 5) for name, loss in self.losses.items()}
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+    def due(self, every: int) -> bool:
+        """Whether this process is the one to do what is done every so many steps."""
+        return self.step % every == 0 and self.processes.is_main_process
+
+    def _tell(self) -> None:
+        if not self.processes.is_main_process:
+            return
+        losses = {name: round(loss, 5) for name, loss in self.losses.items()}
+        self.bar.start()
+        self.bar.update(self.task, completed=self.step, losses=" ".join(f"{n} {x:.4f}" for n, x in losses.items()))
+        if self.step == self.steps:
+            self.bar.stop()
+        if self.step % 50 == 0:
+            row = {"step": self.step, "seconds": round(time.perf_counter() - self.started, 1)} | losses
+            with (self.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            if self.bar.disable:
+                print(self.folder.name, row, flush=True)
 
     def save(self) -> None:
         """Writes the checkpoint beside the old one, then over it: a crash leaves one of them whole."""
+        if not self.processes.is_main_process:
+            return
         state = {
             "networks": self.networks.state_dict(),
             "average": self.average.state_dict(),
@@ -90,3 +163,13 @@ class Stage:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def progress_bar() -> Progress:
+    """Shown on a terminal alone; elsewhere the log's lines are printed."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )  # fmt: skip
+    return Progress(*columns, console=console, disable=not console.is_terminal)

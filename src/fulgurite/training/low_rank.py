@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fulgurite.weights.files import read
@@ -33,14 +31,13 @@ class Change(nn.Module):
 
 
 class LoRA(nn.ModuleDict):
-    """Changes of every linear layer of a UNet, and of every convolution too where ``convolutions`` says so.
+    """Changes of every linear layer and every convolution of a UNet (arXiv 2402.13929, section 4).
 
     Its state is a LoRA file as SDXL-Lightning's are: ``lora_unet_down_blocks_0_...lora_down.weight``.
     """
 
-    def __init__(self, unet: nn.Module, rank: int, convolutions: bool) -> None:
-        kinds = (nn.Linear, nn.Conv2d) if convolutions else nn.Linear
-        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, kinds)}
+    def __init__(self, unet: nn.Module, rank: int) -> None:
+        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
         super().__init__({published_name(name): Change(layer, rank) for name, layer in layers.items()})
 
     def attach(self, unet: nn.Module) -> None:
@@ -51,16 +48,9 @@ class LoRA(nn.ModuleDict):
                 layer.register_forward_hook(lambda _, inputs, output, change=change: output + change(inputs[0]))
 
     def load(self, path: Path) -> None:
-        """Goes on from a file that ``save_lora`` wrote."""
+        """Goes on from a file that ``save_network`` wrote."""
         self.load_state_dict(read(path))
 
 
 def published_name(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
-
-
-def save_lora(lora: nn.Module, path: Path) -> None:
-    """Writes float16 safetensors in the published layout; without an alpha, which counts as the rank."""
-    tensors = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in lora.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})

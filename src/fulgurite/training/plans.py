@@ -1,32 +1,66 @@
 """Which students are trained, from whom, in which order."""
 
+from dataclasses import replace
+
 from fulgurite.training.distil import Distillation
+
+RANK = 64  # of the published LoRA files
 
 
 def adversarial(
-    teacher: str | None, teacher_steps: int, steps: int, start: str, updates: tuple[int, int]
-) -> tuple[Distillation, Distillation]:
-    """A student trained against a judge that sees where steps begin, then against one that does not."""
+    teacher: str,
+    teacher_steps: int,
+    steps: int,
+    updates: tuple[int, int, int],
+    upon: str | None = None,
+    prediction: str | None = None,
+) -> tuple[Distillation, ...]:
+    """A student of a whole UNet, as the paper's each stage has it.
+
+    First small changes upon the teacher, against a judge that sees where steps begin, then against one that does not;
+    then these are merged, and the whole UNet learns on against the second kind.
+    """
     knowing = Distillation(
-        f"{steps}-conditional", teacher, teacher_steps, steps, "conditional", start, updates[0], 3e-4
+        f"{steps}-conditional",
+        teacher,
+        teacher_steps,
+        steps,
+        "conditional",
+        None,
+        updates[0],
+        3e-4,
+        RANK,
+        upon or teacher,
+        prediction,
     )
-    relaxed = Distillation(str(steps), teacher, teacher_steps, steps, "relaxed", knowing.name, updates[1], 2e-4)
-    return knowing, relaxed
+    relaxed = replace(
+        knowing, name=f"{steps}-relaxed", objective="relaxed", start=knowing.name, updates=updates[1], peak=2e-4
+    )
+    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=updates[2], peak=2e-5, rank=None)
+    return knowing, relaxed, whole
 
 
 # SDXL-Lightning's own stages (arXiv 2402.13929): squared error with guidance once, then adversarially.
 PAPER = (
-    Distillation("32", None, 128, 32, "squared", None, 20_000, 5e-4),
-    *adversarial("32", 32, 8, "32", (10_000, 5_000)),
-    *adversarial("8", 8, 4, "8", (10_000, 5_000)),
-    *adversarial("4", 4, 2, "4", (10_000, 5_000)),
-    *adversarial("2", 2, 1, "2", (10_000, 5_000)),
+    Distillation("32", None, 128, 32, "squared", None, 20_000, 1e-4, None),
+    *adversarial("32", 32, 8, (6_000, 3_000, 3_000)),
+    *adversarial("8", 8, 4, (6_000, 3_000, 3_000)),
+    *adversarial("4", 4, 2, (6_000, 3_000, 3_000)),
+    *adversarial("2", 2, 1, (6_000, 3_000, 3_000)),
 )
 
-# What two CPU cores bear: squared errors all the way down.
+# The same for SDXL, which predicts noise. From pure noise that says next to nothing of the clean latent, so the student
+# of one step predicts that instead, which it is first taught by squared error.
+SDXL = (
+    *PAPER[:-3],
+    Distillation("1-x0", "2", 2, 1, "squared", None, 3_000, 1e-5, None, "2", "x0"),
+    *adversarial("2", 2, 1, (6_000, 3_000, 3_000), upon="1-x0", prediction="x0"),
+)
+
+# What two CPU cores bear. The undistilled small model is no better in 32 steps than in 8, so all that the first student
+# takes from it is guidance; those of fewer steps add little of their own to that.
 QUICK = (
-    Distillation("8", None, 16, 8, "squared", None, 400, 2e-3),
-    Distillation("4", "8", 8, 4, "squared", "8", 400, 2e-3),
-    Distillation("2", "4", 4, 2, "squared", "4", 350, 2e-3),
-    Distillation("1", "2", 2, 1, "squared", "2", 350, 2e-3),
+    Distillation("guided", None, 8, 8, "squared", None, 600, 2e-3, 10),
+    Distillation("2", "guided", 4, 2, "squared", None, 200, 1e-3, 2, upon="guided"),
+    Distillation("1", "2", 2, 1, "squared", "2", 300, 1e-3, 2, upon="guided"),
 )

@@ -8,15 +8,17 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from accelerate import PartialState
 from torch import nn
 
 from fulgurite.cards import card
-from fulgurite.models import Tokenizer
+from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END
 from fulgurite.training.distil import Distillation, Ground, distil
-from fulgurite.training.evaluation import evaluate
+from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.latents import LatentSet, build_latents
+from fulgurite.training.loop import Run, save_network
+from fulgurite.training.negatives import negatives
 from fulgurite.training.plans import PAPER, QUICK
 from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
@@ -45,27 +47,18 @@ class Preset:
     batch: int
     decoder_steps: int
     distillations: tuple[Distillation, ...]
-    rank: int  # of the students' changes
-    convolutions: bool  # whether students change them too
 
 
 PRESETS = {
     "cpu": Preset(
         "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=1500, teacher_steps=5000, batch=32,
-        decoder_steps=1500, distillations=QUICK, rank=3, convolutions=False,
+        decoder_steps=1500, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
-        decoder_steps=10_000, distillations=PAPER, rank=64, convolutions=True,
+        decoder_steps=10_000, distillations=PAPER,
     ),
 }  # fmt: skip
-
-
-def save_network(network: nn.Module, path: Path) -> None:
-    """Writes float16 safetensors in the published layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half().contiguous().cpu() for name, tensor in network.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_tokenizer(sprites: Sprites, size: int, folder: Path) -> None:
@@ -81,87 +74,95 @@ def write_tokenizer(sprites: Sprites, size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": END}), encoding="utf-8")
 
 
-def distil_all(
-    work: Path,
-    model: Path,
-    out: Path,
-    preset: Preset,
-    tokenizer: Tokenizer,
-    encoders: nn.ModuleDict,
-    latents: LatentSet,
-) -> None:
-    """Trains every student of the preset's plan; those that ship, a schedule's steps their names, go to ``out``."""
-    ground = Ground(
-        card(MODEL),
-        model / UNET_FILE,
-        tokenizer,
-        encoders,
-        latents,
-        preset.rank,
-        preset.convolutions,
-        preset.batch // 2,
-        preset.device,
-    )
+@dataclass(frozen=True)
+class Data:
+    """Sprites, and scenes of them as latents."""
+
+    sprites: Sprites
+    folder: Path
+    preset: Preset
+
+    @classmethod
+    def built(cls, work: Path, preset: Preset) -> "Data":
+        """Fetches and draws the sprites; done once, by the first process."""
+        folder = work / "sprites"
+        folder.mkdir(parents=True, exist_ok=True)
+        with PartialState().main_process_first():
+            build(folder, preset.small)
+        return cls(Sprites.open(folder, preset.things), folder, preset)
+
+    def latents(self, vae: VAE, size: tuple[int, int], count: int, work: Path) -> LatentSet:
+        with PartialState().main_process_first():
+            return build_latents(self.folder, self.preset.things, vae, size, count, work / "latents")
+
+
+def distil_all(work: Path, out: Path, preset: Preset, ground: Ground) -> None:
+    """Trains every student of the preset's plan; those that ship go to the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
+    shipped = {"8", "4", "2", "1"} | {plan.upon for plan in preset.distillations if plan.rank}
     for plan in preset.distillations:
         student = distil(plan, ground, work / "students", work / "distil")
-        if plan.name == str(plan.steps):
-            shutil.copyfile(student, out / f"{plan.steps}step_lora.safetensors")
+        if plan.name in shipped:
+            shutil.copyfile(student, out / student.name)
 
 
-def distil_from(work: Path, model: Path, out: Path, preset: Preset) -> None:
+def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
     """Students of a finished model in the folder ``model``, instead of one that was trained here."""
     of_model = card(MODEL)
-    networks = load_folder(model, of_model, preset.device, torch.float32)
-    sprites_folder = work / "sprites"
-    sprites_folder.mkdir(parents=True, exist_ok=True)
-    build(sprites_folder, preset.small)
-    latents = build_latents(
-        sprites_folder, preset.things, networks.vae, of_model.native_shapes[0], preset.scenes, work / "latents"
-    )
+    networks = load_folder(model, of_model, run.device, torch.float32)
+    data = Data.built(work, preset)
+    latents = data.latents(networks.vae, of_model.native_shapes[0], preset.scenes, work)
     encoders = nn.ModuleDict(dict(zip(("text_encoder", "text_encoder_2"), networks.text_encoders, strict=True)))
-    distil_all(work, model, out, preset, networks.tokenizers[0], encoders, latents)
+    ground = Ground(
+        of_model, model / UNET_FILE, networks.tokenizers, encoders, networks.vae, latents, preset.batch // 2, run
+    )
+    distil_all(work, out, preset, ground)
 
 
-def evaluate_in(work: Path, model: Path, students: Path, preset: Preset, count: int) -> None:
-    """Prints a table of what the model in a folder and its students get, and keeps it in ``work``."""
+def evaluate_in(
+    work: Path, model: Path, students: Path, preset: Preset, count: int, run: Run, pairs: bool = False
+) -> None:
+    """Prints what the model in a folder and its students get, and keeps it in ``work``."""
     of_model = card(MODEL)
-    networks = load_folder(model, of_model, "cpu", torch.float32)
-    (work / "sprites").mkdir(parents=True, exist_ok=True)
-    build(work / "sprites", preset.small)
-    sprites = Sprites.open(work / "sprites", preset.things)
-    evaluate(of_model, networks, model / UNET_FILE, students, sprites, work / "evaluation", count, READER_STEPS)
+    networks = load_folder(model, of_model, run.device, torch.bfloat16)
+    sprites = Data.built(work, preset).sprites
+    judged = Judged(
+        of_model, networks, sprites, work / f"evaluation{'-pairs' * pairs}", count, READER_STEPS, run, pairs
+    )
+    ways = ways_of(model / UNET_FILE, students)
+    evaluate(judged, ways)
+    negatives(judged, [way for way in ways if way.steps in (20, 4) and way.guided == (way.steps == 20)], count // 10)
 
 
-def train(work: Path, out: Path, preset: Preset) -> None:
-    """Runs every stage in ``work``, each going on from where it was, and writes the model's folder ``out``."""
+def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
+    """Runs every stage in ``work``, each going on from where it was, and writes the model's folder ``out``.
+
+    Raises TimeIsUpError when the run's time is over.
+    """
     of_model = card(MODEL)
-    sprites_folder = work / "sprites"
-    sprites_folder.mkdir(parents=True, exist_ok=True)
-    build(sprites_folder, preset.small)
-    sprites = Sprites.open(sprites_folder, preset.things)
-    write_tokenizer(sprites, of_model.text_encoders[0].vocab_size, out / "tokenizer")
+    data = Data.built(work, preset)
+    if PartialState().is_main_process and not (out / "tokenizer/tokenizer_config.json").exists():
+        write_tokenizer(data.sprites, of_model.text_encoders[0].vocab_size, out / "tokenizer")
+    PartialState().wait_for_everyone()
     tokenizer = Tokenizer.from_folder(out / "tokenizer", of_model.text_encoders[0].max_position_embeddings)
 
-    vae = train_vae(sprites, of_model.vae, work / "vae", preset.vae_steps, preset.device)
-    normalize_latents(vae, to_pixels(render_pictures(sprites, 128, "normalize")).to(preset.device))
+    vae = train_vae(data.sprites, of_model.vae, work / "vae", preset.vae_steps, run)
+    normalize_latents(vae, to_pixels(render_pictures(data.sprites, 128, "normalize")).to(run.device))
     shape, *others = of_model.native_shapes
-    square = build_latents(sprites_folder, preset.things, vae, shape, preset.scenes, work / "latents")
-    oblong = [
-        build_latents(sprites_folder, preset.things, vae, other, preset.scenes // 12, work / "latents")
-        for other in others
-    ]
+    square = data.latents(vae, shape, preset.scenes, work)
+    oblong = [data.latents(vae, other, preset.scenes // 12, work) for other in others]
     torch.set_float32_matmul_precision("high")
-    encoders = train_text_encoders(
-        sprites, square, of_model, tokenizer, work / "text", preset.text_steps, preset.device
-    )
-    for name, encoder in encoders.items():
-        save_network(encoder, out / name / "model.safetensors")
+    encoders = train_text_encoders(data.sprites, square, of_model, tokenizer, work / "text", preset.text_steps, run)
     unet = train_teacher(
-        [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, preset.device,
-        preset.batch,
-    )  # fmt: skip
-    save_network(unet, out / UNET_FILE)
-    vae = refine_decoder(sprites, vae, work / "decoder", preset.decoder_steps, preset.device)
-    save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")
-    distil_all(work, out, out.with_name(f"{out.name}-lightning"), preset, tokenizer, encoders, square)
+        [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
+    )
+    vae = refine_decoder(data.sprites, vae, work / "decoder", preset.decoder_steps, run)
+    if PartialState().is_main_process:
+        for name, encoder in encoders.items():
+            save_network(encoder, out / name / "model.safetensors")
+        save_network(unet, out / UNET_FILE)
+        save_network(vae, out / "vae/diffusion_pytorch_model.safetensors")
+    PartialState().wait_for_everyone()
+    tokenizers = tokenizer, tokenizer
+    ground = Ground(of_model, out / UNET_FILE, tokenizers, encoders, vae, square, preset.batch // 2, run)
+    distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground)

@@ -7,8 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fulgurite.models import Tokenizer, UNet
-from fulgurite.sampling import Schedule, euler_step, scale_input, to_denoised
+from fulgurite.cards import Card
+from fulgurite.models import VAE, AttentionGuidance, Tokenizer, UNet
+from fulgurite.sampling import (
+    Schedule,
+    euler_step,
+    scale_input,
+    starting_noise,
+    to_denoised,
+    trailing_schedule,
+)
+
+DECODED = 16  # pictures together: more do not fit a processor's cache
 
 
 @dataclass(frozen=True)
@@ -19,18 +29,23 @@ class Conditions:
     pooled: Tensor  # [B, P]
     sizes: Tensor  # [B, 6]
 
+    def rows(self, start: int, stop: int) -> "Conditions":
+        return Conditions(self.context[start:stop], self.pooled[start:stop], self.sizes[start:stop])
+
 
 class Sayer:
     """Captions to what the UNet is told of them."""
 
-    def __init__(self, tokenizer: Tokenizer, encoders: nn.ModuleDict, device: str) -> None:
-        self.tokenizer, self.encoders, self.device = tokenizer, encoders.requires_grad_(False).eval(), device
+    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: nn.ModuleDict, device: str) -> None:
+        self.tokenizers, self.encoders, self.device = tokenizers, encoders.requires_grad_(False).eval(), device
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], size: tuple[int, int]) -> Conditions:
         """``size``: width, height in pixels."""
-        ids = self.tokenizer(list(captions)).to(self.device)
-        (first, _), (second, pooled) = (encoder(ids) for encoder in self.encoders.values())
+        (first, _), (second, pooled) = (
+            encoder(tokenizer(list(captions)).to(self.device))
+            for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True)
+        )
         width, height = size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
         return Conditions(torch.cat([first, second], dim=-1), pooled, sizes.expand(len(captions), -1))
@@ -44,14 +59,18 @@ class Guide:
     strength: float
 
 
+Guidance = Guide | AttentionGuidance | None
+
+
 def denoised(
-    unet: UNet, x: Tensor, sigma: Tensor, timesteps: Tensor, to: Conditions, kind: str, guide: Guide | None = None
+    unet: UNet, x: Tensor, sigma: Tensor, timesteps: Tensor, to: Conditions, kind: str, guide: Guidance = None
 ) -> Tensor:
     """The clean latents ``[B, C, h, w]`` that the UNet sees in ``x``, at ``sigma`` and ``timesteps`` ``[B]``."""
-    scaled = scale_input(x, sigma).contiguous(memory_format=torch.channels_last)
+    own = unet.conv_in.weight.dtype if isinstance(unet, UNet) else x.dtype
+    scaled = scale_input(x, sigma).to(own, memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16):
-        if guide is None:
-            prediction = unet(scaled, timesteps, to.context, to.pooled, to.sizes).float()
+        if not isinstance(guide, Guide):
+            prediction = unet(scaled, timesteps, to.context, to.pooled, to.sizes, guide).float()
         else:
             away = guide.away
             both = unet(
@@ -65,13 +84,44 @@ def denoised(
 
 @torch.no_grad()
 def walked(
-    unet: UNet, x: Tensor, first: Tensor, count: int, schedule: Schedule, to: Conditions, kind: str, guide: Guide | None
+    unet: UNet, x: Tensor, first: Tensor, count: int, schedule: Schedule, to: Conditions, kind: str, guide: Guidance
 ) -> Tensor:
     """Latents after ``count`` steps of the schedule, from each row's step ``first`` ``[B]``."""
     for i in range(count):
         sigma, following = schedule.sigmas[first + i], schedule.sigmas[first + i + 1]
         x = euler_step(x, denoised(unet, x, sigma, schedule.timesteps[first + i], to, kind, guide), sigma, following)
     return x
+
+
+@torch.no_grad()
+def drawn(
+    unet: UNet,
+    card: Card,
+    size: tuple[int, int],
+    to: Conditions,
+    guide: Guidance,
+    seeds: Sequence[int],
+    steps: int,
+) -> Tensor:
+    """Clean latents ``[B, C, h, w]`` of what the rows are told, each from its own seed's noise as the pipeline's.
+
+    ``size``: width, height in pixels.
+    """
+    device, (width, height), cell = to.context.device, size, card.vae.downscale
+    schedule = on(trailing_schedule(steps), str(device))
+    shape = card.vae.latent_channels, height // cell, width // cell
+    x = torch.stack([starting_noise(seed, shape, float(schedule.sigmas[0])) for seed in seeds]).to(device)
+    first = torch.zeros(len(x), dtype=torch.long, device=device)
+    return walked(unet, x, first, steps, schedule, to, card.prediction, guide)
+
+
+@torch.no_grad()
+def decoded(vae: VAE, latents: Tensor) -> Tensor:
+    """Pictures ``[B, 3, H, W]`` in -1..1."""
+    x = latents / vae.config.scaling_factor
+    x = x.to(vae.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return torch.cat([vae.decode(part) for part in x.split(DECODED)]).float().clamp(-1, 1)
 
 
 def on(schedule: Schedule, device: str) -> Schedule:

@@ -21,7 +21,7 @@ from fulgurite.models.tokenizer import END, START, clip_bpe
 from fulgurite.models.unet import ResnetBlock, SpatialTransformer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
-from fulgurite.training.loop import Stage
+from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import caption, no_caption
 
 UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
@@ -76,7 +76,7 @@ def train_teacher(
     encoders: nn.ModuleDict,
     folder: Path,
     steps: int,
-    device: str = "cpu",
+    run: Run = HERE,
     batch: int = 32,
     peak: float = 1e-3,
     seed: int = 0,
@@ -85,21 +85,22 @@ def train_teacher(
 
     ``latents``: the square set first, then other shapes.
     """
+    device = run.device
     torch.manual_seed(seed)
     unet = UNet(card.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(unet)
     encoders = encoders.requires_grad_(False)
-    stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985)
+    stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985, run=run)
     sigmas = train_sigmas().to(device)
 
     def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(run.kind, torch.bfloat16):
             (first, _), (second, pooled) = (encoder(ids) for encoder in encoders.values())
             v = unet(x, timesteps, torch.cat([first, second], dim=-1), pooled, sizes)
         return F.mse_loss(v.float(), target)
 
     while stage.step < steps:
-        rng = random.Random(f"teacher {seed} {stage.step}")
+        rng = random.Random(f"teacher {seed} {stage.number}")
         torch.manual_seed(rng.getrandbits(63))
         square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
         chosen = latents[0] if square else rng.choice(latents[1:])

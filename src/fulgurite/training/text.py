@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fulgurite.cards import Card
 from fulgurite.models import CLIPTextEncoder, Tokenizer
 from fulgurite.training.latents import LatentSet
-from fulgurite.training.loop import Stage
+from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, Scene, caption
 from fulgurite.training.sources import Sprites
 
@@ -88,11 +88,12 @@ def train_text_encoders(
     tokenizer: Tokenizer,
     folder: Path,
     steps: int,
-    device: str = "cpu",
+    run: Run = HERE,
     batch: int = 96,
     seed: int = 0,
 ) -> nn.ModuleDict:
     """Trains in ``folder``, going on from its checkpoint; returns the averaged text_encoder and text_encoder_2."""
+    device = run.device
     torch.manual_seed(seed)
     first, second = (CLIPTextEncoder(config).to(device) for config in card.text_encoders)
     questions = Questions(card.unet.pooled_dim, sprites).to(device)
@@ -100,12 +101,12 @@ def train_text_encoders(
     networks = nn.ModuleDict(
         {"text_encoder": first, "text_encoder_2": second, "questions": questions, "sketch": sketch}
     )
-    stage = Stage(folder, networks, peak=1.5e-3, steps=steps, decay=0.995)
+    stage = Stage(folder, networks, peak=1.5e-3, steps=steps, decay=0.995, run=run)
     while stage.step < steps:
-        rng = random.Random(f"text {seed} {stage.step}")
+        rng = random.Random(f"text {seed} {stage.number}")
         clean, scenes = latents.batch(batch, rng)
         ids = tokenizer([caption(scene, rng) for scene in scenes]).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(run.kind, torch.bfloat16):
             (states, _), (more, pooled) = first(ids), second(ids)
             drawn = sketch(torch.cat([states, more], dim=-1)).float()
         targets = {question: numbers.to(device) for question, numbers in questions.targets(scenes).items()}

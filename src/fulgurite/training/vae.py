@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fulgurite.models import VAE, VAEConfig
 from fulgurite.models.vae import Attention, ResnetBlock
-from fulgurite.training.loop import Stage
+from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import random_scene, render
 from fulgurite.training.sources import Sprites
 
@@ -80,16 +80,17 @@ def initialize(vae: VAE) -> None:
 
 
 def train_vae(
-    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, device: str = "cpu", batch: int = 16, seed: int = 0
+    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, run: Run = HERE, batch: int = 16, seed: int = 0
 ) -> VAE:
     """Trains an autoencoder in ``folder``, going on from its checkpoint, and returns the averaged network."""
+    device = run.device
     torch.manual_seed(seed)
     vae = VAE(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(vae)
-    stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998)
+    stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998, run=run)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(run.kind, torch.bfloat16):
             mean, log_variance = (y.float() for y in vae.encode(pixels))
             again = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
         return again, 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
@@ -97,7 +98,7 @@ def train_vae(
     cell = config.downscale
     pictures = render_pictures(sprites, PICTURES, f"vae {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
-        rng = random.Random(f"vae {seed} {stage.step}")
+        rng = random.Random(f"vae {seed} {stage.number}")
         pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         noise = torch.randn(batch, config.latent_channels, CROP // cell, CROP // cell, device=device)
         again, divergence = reconstruct(pixels, noise)
@@ -110,17 +111,18 @@ def train_vae(
 
 
 def refine_decoder(
-    sprites: Sprites, vae: VAE, folder: Path, steps: int, device: str = "cpu", batch: int = 16, seed: int = 1
+    sprites: Sprites, vae: VAE, folder: Path, steps: int, run: Run = HERE, batch: int = 16, seed: int = 1
 ) -> VAE:
     """Trains the decoder on, with the encoder as it is: latents made already, and what was learned from them, stand."""
+    device = run.device
     torch.manual_seed(seed)
-    decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
-    stage = Stage(folder, decoding, peak=7e-4, steps=steps, decay=0.998)
+    decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
+    stage = Stage(folder, decoding, peak=7e-4, steps=steps, decay=0.998, run=run)
     pictures = render_pictures(sprites, PICTURES, f"decoder {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
-        rng = random.Random(f"decoder {seed} {stage.step}")
+        rng = random.Random(f"decoder {seed} {stage.number}")
         pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(run.kind, torch.bfloat16):
             with torch.no_grad():
                 mean, _ = vae.encode(pixels)
             again = vae.decode(mean.float() + LATENT_NOISE * torch.randn(mean.shape, device=device)).float()

@@ -26,7 +26,7 @@ class Files:
     text_encoders: tuple[Path, Path]
     unet: Path
     vae: Path
-    lora: Path | None = None  # merged into the UNet
+    loras: tuple[Path, ...] = ()  # merged into the UNet, one after the other
     fast_decoder: Path | None = None
 
     @property

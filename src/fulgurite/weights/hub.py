@@ -89,7 +89,7 @@ def cached_files(card: Card, steps: int) -> Files:
                 text_encoders=(found[TEXT_ENCODERS[0]], found[TEXT_ENCODERS[1]]),
                 unet=found[BASE_UNET] if use_lora else lightning,
                 vae=found[VAE],
-                lora=lightning if use_lora else None,
+                loras=(lightning,) if use_lora else (),
                 fast_decoder=next((file.cached() for file in fast_decoder(card)), None),
             )
     raise NotPulledError(

@@ -1,6 +1,6 @@
 """A model's files to its networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -59,7 +59,8 @@ def locate(card: Card, steps: int) -> Files:
     if weights.source == "embedded":
         inside = Path(str(resources.files("fulgurite") / "embedded"))
         files = folder_files(inside / weights.path)
-        return replace(files, lora=inside / weights.loras[str(steps)]) if weights.loras else files
+        changes = (weights.lora_file, weights.loras.get(str(steps), ""))
+        return replace(files, loras=tuple(inside / change for change in changes if change))
 
     path = Path(weights.path)
     if path.is_dir():
@@ -73,17 +74,17 @@ def locate(card: Card, steps: int) -> Files:
         text_encoders=files.text_encoders,
         unet=Path(weights.unet_file) if weights.unet_file else files.unet,
         vae=Path(weights.vae_file) if weights.vae_file else files.vae,
-        lora=Path(weights.lora_file) if weights.lora_file else None,
+        loras=(Path(weights.lora_file),) if weights.lora_file else (),
         fast_decoder=Path(weights.fast_decoder_file) if weights.fast_decoder_file else files.fast_decoder,
     )
 
 
 def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
-    base = like.base if like and files.lora else None
-    if files.lora:
+    base = like.base if like and files.loras else None
+    if files.loras:
         base = base or {name: tensor.to(device) for name, tensor in unet_tensors(files.unet, card).items()}
-        unet = filled_unet(lora.merged(base, files.lora, card.unet, device, dtype), card, device, dtype)
+        unet = filled_unet(changed(base, files.loras, card, device, dtype), card, device, dtype)
     else:
         unet = load_unet(files.unet, card, device, dtype)
     prediction = "x0" if files.predicts_x0 else card.prediction
@@ -131,11 +132,8 @@ def load_text_encoder(
     return network
 
 
-def load_unet(path: Path, card: Card, device: str, dtype: torch.dtype, lora_path: Path | None = None) -> UNet:
-    tensors = unet_tensors(path, card)
-    if lora_path:
-        tensors = lora.merged(tensors, lora_path, card.unet, device, dtype)
-    return filled_unet(tensors, card, device, dtype)
+def load_unet(path: Path, card: Card, device: str, dtype: torch.dtype, loras: Sequence[Path] = ()) -> UNet:
+    return filled_unet(changed(unet_tensors(path, card), loras, card, device, dtype), card, device, dtype)
 
 
 def unet_tensors(path: Path, card: Card) -> dict[str, Tensor]:
@@ -143,6 +141,15 @@ def unet_tensors(path: Path, card: Card) -> dict[str, Tensor]:
     network = on_meta(lambda: UNet(card.unet))
     keys = original.unet_keys(list(network.state_dict()), card.unet)
     return tensors_for(network, path, keys, original.UNET)
+
+
+def changed(
+    tensors: dict[str, Tensor], loras: Sequence[Path], card: Card, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A UNet's tensors with LoRA files merged, one after the other, and rounded once."""
+    for path in loras:
+        tensors = lora.merged(tensors, path, card.unet, device, dtype if path == loras[-1] else torch.float32)
+    return tensors
 
 
 def filled_unet(tensors: dict[str, Tensor], card: Card, device: str, dtype: torch.dtype) -> UNet:

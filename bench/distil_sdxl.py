@@ -1,0 +1,134 @@
+"""The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
+
+Ready for one GPU of 80 GB: small changes against squared error, then against a judge, as
+``fulgurite train distil-sdxl`` makes them. Writes 5 GB into a temporary folder. With --small the networks are small,
+which any machine bears.
+
+    python bench/distil_sdxl.py [--small] [--batch 4] [--steps 5] [--folder /tmp]
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+from torch import nn
+
+from fulgurite.cards import Card
+from fulgurite.models import VAE, CLIPTextEncoder, UNet, UNetConfig
+from fulgurite.training import distil as distillation
+from fulgurite.training.distil import Ground, distil
+from fulgurite.training.latents import LatentSet
+from fulgurite.training.loop import Run, Stage
+from fulgurite.training.plans import SDXL
+from fulgurite.training.sdxl import SIZE, teacher_card
+
+SMALL = UNetConfig(
+    block_out_channels=(32, 64, 64), transformer_layers_per_block=(0, 1, 2), attention_head_dim=16,
+    cross_attention_dim=128, addition_time_embed_dim=16, pooled_dim=64,
+)  # fmt: skip
+
+
+def small(of_model: Card) -> Card:
+    first, second = of_model.text_encoders
+    few = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    first, second = replace(first, **few), replace(second, **few, projection_dim=64)
+    vae = replace(of_model.vae, block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    return replace(of_model, unet=SMALL, text_encoders=(first, second), vae=vae)
+
+
+@torch.no_grad()
+def random_network(build: type[nn.Module], config: object, device: str) -> nn.Module:
+    """In half precision, with weights small enough for numbers to stay finite through all layers."""
+    with torch.device("meta"):
+        network = build(config).bfloat16()
+    network = network.to_empty(device=device)
+    for parameter in network.parameters():
+        parameter.normal_(0, 0.02)
+    return network.requires_grad_(False).eval()
+
+
+class Words:
+    """Stands for the tokenizers, which are not here: any caption is the same tokens."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+    def __call__(self, captions: list[str]) -> torch.Tensor:
+        return torch.tensor([[self.end - 1, 5, 6] + [self.end] * 74]).expand(len(captions), -1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="of each stage, the first not counted")
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    arguments = parser.parse_args()
+    device = str(PartialState().device)
+    of_model = small(teacher_card()) if arguments.small else teacher_card()
+    size = (128, 128) if arguments.small else SIZE
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        unet = random_network(UNet, of_model.unet, device)
+        print(
+            f"{sum(p.numel() for p in unet.parameters()) / 1e9:.2f} billion weights in the UNet, on {device}",
+            flush=True,
+        )
+        save_file({key: tensor.contiguous() for key, tensor in unet.state_dict().items()}, folder / "unet.safetensors")
+        del unet
+        encoders = [random_network(CLIPTextEncoder, config, device) for config in of_model.text_encoders]
+        cell = of_model.vae.downscale
+        latents = np.random.default_rng(0).standard_normal((8, 4, size[1] // cell, size[0] // cell)).astype(np.float16)
+        words = tuple(Words(config.eos_token_id) for config in of_model.text_encoders)
+        ground = Ground(
+            of_model, folder / "unet.safetensors", words, nn.ModuleDict(dict(zip("ab", encoders, strict=True))),
+            random_network(VAE, of_model.vae, device), LatentSet(size, latents, ["a fox"] * 8), arguments.batch,
+            Run(device), torch.bfloat16, checkpointing=True,
+        )  # fmt: skip
+        guided = replace(SDXL[0], name="guided", rank=64, updates=arguments.steps + 1)
+        judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=arguments.steps + 1)
+        for plan in (guided, judged):
+            print(json.dumps(measured(plan, ground, folder)), flush=True)
+
+
+def measured(plan: distillation.Distillation, ground: Ground, folder: Path) -> dict[str, object]:
+    """Seconds a step and the most memory of a stage's first steps; the first of all is not timed."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    ends: list[float] = []
+    update = Stage.update
+
+    def timed(stage: Stage, losses: dict[str, torch.Tensor]) -> None:
+        update(stage, losses)  # its losses are read there, so a GPU is done by now
+        ends.append(time.perf_counter())
+
+    Stage.update = timed  # type: ignore[method-assign]
+    try:
+        distil(plan, ground, folder / "students", folder / "work")
+    finally:
+        Stage.update = update  # type: ignore[method-assign]
+    most = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return {
+        "objective": plan.objective,
+        "batch": ground.batch,
+        "seconds_a_step": round(seconds, 3),
+        "memory_gb": round(most / 1e9, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The judge of finished models: an encoder of pictures and one of captions, in one space.
+
+Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.models import CLIPTextConfig, CLIPTextEncoder, Tokenizer
+from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.scenes import Scene, caption, random_scene, render
+from fulgurite.training.sources import Sprites
+from fulgurite.training.vae import to_pixels
+
+SIDE = 64  # pixels, of what the encoder sees
+FEATURES = 64
+PICTURES = 4000  # rendered beforehand to train on
+
+
+class PictureEncoder(nn.Module):
+    """Pictures ``[B, 3, 64, 64]`` to features ``[B, FEATURES]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 32), (32, 64), (64, 128), (128, 192)):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+            layers += [nn.Conv2d(after, after, 3, padding=1, groups=after // 16), nn.GroupNorm(8, after), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * (SIDE // 16) ** 2, FEATURES))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.layers(pictures)
+
+
+class Reader(nn.Module):
+    """Pictures and captions in one space, where those that belong together are near."""
+
+    def __init__(self, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.pictures = PictureEncoder()
+        self.captions = CLIPTextEncoder(
+            CLIPTextConfig(vocabulary, 96, 384, 2, 2, length, "gelu", FEATURES, eos_token_id=vocabulary - 1)
+        )
+        self.scale = nn.Parameter(torch.tensor(2.5))  # of likeness, as a logarithm
+
+    def likeness(self, pictures: Tensor, captions: Tensor) -> Tensor:
+        """Of features ``[B, F]`` and ``[C, F]``: ``[B, C]``, logits."""
+        return F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T * self.scale.exp()
+
+
+def seen(pixels: Tensor) -> Tensor:
+    """Pixels ``[B, 3, H, W]`` as the encoder sees them."""
+    return F.interpolate(pixels, (SIDE, SIDE), mode="area")
+
+
+def scenes_of(sprites: Sprites, kind: str, count: int, wanted: Callable[[Scene], bool] = lambda _: True) -> list[Scene]:
+    """So many scenes of a kind that no training set has, each from a number of its own."""
+    scenes = (random_scene(random.Random(f"{kind} {i}"), sprites) for i in itertools.count())
+    return list(itertools.islice(filter(wanted, scenes), count))
+
+
+def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:
+    """Renders as the encoder sees them ``[N, 3, 64, 64]``."""
+    return torch.cat([seen(to_pixels(render(scene, sprites)[None])) for scene in scenes])
+
+
+def train_reader(
+    sprites: Sprites, tokenizer: Tokenizer, vocabulary: int, folder: Path, steps: int, run: Run = HERE
+) -> Reader:
+    """Trains the judge in ``folder``, going on from its checkpoint."""
+    torch.manual_seed(0)
+    reader = Reader(vocabulary, tokenizer.length)
+    networks = nn.ModuleDict({"reader": reader})
+    stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.99, save_every=100, run=run)
+    scenes = scenes_of(sprites, "reader", PICTURES)
+    pictures = rendered(scenes, sprites) if stage.step < steps else torch.empty(0)
+    while stage.step < steps:
+        rng = random.Random(f"reader {stage.number}")
+        picks = rng.sample(range(PICTURES), 128)
+        ids = tokenizer([caption(scenes[i], rng) for i in picks])
+        with torch.autocast("cpu", torch.bfloat16):
+            features, said = reader.pictures(pictures[picks]), reader.captions(ids)[1]
+        logits, right = reader.likeness(features.float(), said.float()), torch.arange(len(picks))
+        stage.update({"contrast": (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2})
+    average = stage.average["reader"]
+    assert isinstance(average, Reader)
+    return average.eval()

@@ -1,0 +1,73 @@
+"""The real SDXL distilled: its folder as diffusers publishes it, and a folder of captioned pictures.
+
+accelerate launch -m fulgurite train distil-sdxl WORK --model stable-diffusion-xl-base-1.0 --pictures PICTURES
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from torch import nn
+
+from fulgurite.cards import Card, card
+from fulgurite.errors import FulguriteError
+from fulgurite.models import VAE
+from fulgurite.training.distil import Ground, distil
+from fulgurite.training.latents import LatentSet
+from fulgurite.training.loop import Run
+from fulgurite.training.plans import SDXL
+from fulgurite.training.vae import to_pixels
+from fulgurite.weights.files import folder_files
+from fulgurite.weights.load import load_files
+
+SIZE = (1024, 1024)  # width, height in pixels
+BATCH = 4  # a device
+GUIDANCE = 6.0  # of the teacher: the paper's
+KINDS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def teacher_card() -> Card:
+    """SDXL's base model, by its distilled one's card: the networks are the same."""
+    return replace(card("bytedance/stable-diffusion-xl-lightning"), schedules=(), guidance_strength=GUIDANCE)
+
+
+@torch.inference_mode()
+def picture_latents(pictures: Path, vae: VAE, size: tuple[int, int], folder: Path) -> LatentSet:
+    """Every picture that has a caption beside it (``fox.jpg``, ``fox.txt``), cut to ``size`` and encoded.
+
+    Done once, then read back from ``folder``. Raises FulguriteError where there are none.
+    """
+    files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in KINDS and f.with_suffix(".txt").exists())
+    if not files:
+        raise FulguriteError(f"{pictures} holds no pictures with a caption beside each (fox.jpg and fox.txt).")
+    path, weight = folder / f"latents-{size[0]}x{size[1]}-{len(files)}.npy", vae.quant_conv.weight
+    if not path.exists():
+        rows = []
+        for file in files:
+            with Image.open(file) as image:
+                pixels = to_pixels(np.asarray(ImageOps.fit(image.convert("RGB"), size))[None])
+            mean, _ = vae.encode(pixels.to(weight))
+            rows.append((mean * vae.config.scaling_factor).half().cpu().numpy())
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.concatenate(rows))
+    return LatentSet(
+        size, np.load(path), [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
+    )
+
+
+def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) -> None:
+    """Trains every student of the plan, the small changes first, then the whole UNet; their files go to ``out``."""
+    of_model, files = teacher_card(), folder_files(model)
+    networks = load_files(files, of_model, run.device, torch.bfloat16)
+    with PartialState().main_process_first():
+        latents = picture_latents(pictures, networks.vae, SIZE, work / "latents")
+    encoders = nn.ModuleDict(dict(zip(("text_encoder", "text_encoder_2"), networks.text_encoders, strict=True)))
+    ground = Ground(
+        of_model, files.unet, networks.tokenizers, encoders, networks.vae, latents, BATCH, run, torch.bfloat16,
+        checkpointing=True,
+    )  # fmt: skip
+    for plan in SDXL:
+        distil(plan, ground, out, work / "distil")

@@ -1,0 +1,124 @@
+"""The evaluation: chunks that are drawn once, ways as the students' files say, negative prompts, held-out pairs."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_sdxl import FIRST, SECOND, UNET, roughened, write_tokenizer
+from small_sdxl import VAE as SMALL_VAE
+
+from fulgurite.cards import card
+from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.training import evaluation, negatives, reader
+from fulgurite.training.evaluation import Judged, Way, evaluate, ways_of
+from fulgurite.training.latents import scene_at
+from fulgurite.training.loop import Run, TimeIsUpError
+from fulgurite.training.negatives import asked_for
+from fulgurite.training.scenes import held_out, random_scene
+from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.weights import Networks
+
+CARD = replace(
+    card("fulgurite/spark"), unet=UNET, vae=SMALL_VAE, text_encoders=(FIRST, SECOND), native_shapes=((64, 64),)
+)
+THINGS = ("rocket", "fox", "tulip", "castle", "robot", "banana", "house", "star", "crab", "owl", "lemon", "ghost")
+
+
+@pytest.fixture(scope="module")
+def sprites() -> Sprites:
+    things = [Thing(name, (), "objects", "some", {"3d": 0, "flat": 0}) for name in THINGS]
+    return Sprites(things, np.full((1, SPRITE, SPRITE, 4), 200, np.uint8))
+
+
+@pytest.fixture
+def judged(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judged:
+    monkeypatch.setattr(reader, "PICTURES", 130)
+    for name, value in {"REFERENCE": 12, "CHUNK": 4, "BATCH": 3, "AMONG": 5}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    return judge(sprites, tmp_path, Run())
+
+
+def judge(sprites: Sprites, folder: Path, run: Run) -> Judged:
+    torch.manual_seed(0)
+    write_tokenizer(folder)
+    tokenizer = Tokenizer.from_folder(folder, 24)
+    save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
+    networks = Networks(
+        (tokenizer, tokenizer), tuple(CLIPTextEncoder(config).bfloat16().eval() for config in (FIRST, SECOND)),
+        UNet(UNET), VAE(SMALL_VAE).bfloat16().eval(), "v",
+    )  # fmt: skip
+    return Judged(CARD, networks, sprites, folder / "evaluation", 10, 1, run)
+
+
+def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+    way = Way("teacher, 2 steps", tmp_path / "unet.safetensors", (), 2, guided=True)
+    whole = evaluate(judged, [way])
+    assert [(s.name, s.pictures) for s in whole] == [("renders", 10), ("renders, autoencoded", 10), (way.name, 10)]
+    chunks = sorted((tmp_path / "evaluation/teacher-2-steps").iterdir())
+    assert [path.name for path in chunks] == ["0-4.npy", "4-8.npy", "8-10.npy"]
+    kept = np.load(chunks[1])
+    chunks[1].unlink()
+    with pytest.raises(TimeIsUpError, match="at picture 4 of 10 of: teacher, 2 steps"):
+        evaluate(judge(sprites, tmp_path, Run(until=0)), [way])
+    assert evaluate(judged, [way]) == whole
+    np.testing.assert_array_equal(np.load(chunks[1]), kept)
+    table = (tmp_path / "evaluation/scores.md").read_text().splitlines()
+    assert len(table) == 2 + 3
+
+
+def test_ways_are_what_the_files_say(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    for name in ("guided_lora", "4step_lora", "2step_unet"):
+        (tmp_path / f"{name}.safetensors").touch()
+    students = {way.name: way for way in ways_of(base, tmp_path) if not way.guided}
+    assert [name for name in students if "LoRA" not in name] == ["student, 2 steps"]
+    assert students["student, 2 steps"].unet == tmp_path / "2step_unet.safetensors"
+    assert [path.stem for path in students["student, 4 steps, LoRA"].loras] == ["guided_lora", "4step_lora"]
+    assert [path.stem for path in students["student, 8 steps, LoRA"].loras] == ["guided_lora"]
+    assert [way.steps for way in ways_of(base, tmp_path) if way.guided] == [32, 20, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["background", "second thing"])
+def test_a_negative_prompt_names_what_its_prompt_asks_for(kind: str) -> None:
+    for asked in asked_for(THINGS, kind, 20):
+        assert asked.element in asked.prompt
+        assert asked.captions[asked.right] == asked.prompt
+        assert sum(asked.element in text for text in asked.captions) == 1
+
+
+def test_negative_prompts_change_what_is_drawn_and_are_counted(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that finds the element in all pictures drawn without the negative prompt, and in none with it."""
+    shown: list[torch.Tensor] = []
+
+    def features(pictures: torch.Tensor) -> torch.Tensor:
+        shown.append(pictures)
+        return torch.zeros(len(pictures), 1)
+
+    monkeypatch.setattr(judged, "reader", SimpleNamespace(pictures=features))
+    monkeypatch.setattr(negatives, "likeliest", lambda judged, feature, asked: asked.right if len(shown) % 2 else -1)
+    unet = tmp_path / "unet.safetensors"
+    ways = [Way("teacher", unet, (), 2, guided=True), Way("student", unet, (), 2, guided=False)]
+    lines = negatives.negatives(judged, ways, 3).splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        [f"| {way}", kind, "100%", "0%"] for way in ("teacher", "student") for kind in ("background", "second thing")
+    ]
+    without, with_it = shown[0::2], shown[1::2]
+    assert all(not torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
+
+
+def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:
+    plain = [random_scene(random.Random(number), sprites) for number in range(300)]
+    pairs = {(scene.things[0].thing.name, scene.style) for scene in plain if len(scene.things) == 1 and held_out(scene)}
+    assert 0 < len(pairs) <= len(THINGS) / 2
+    assert len({name for name, _ in pairs}) == len(pairs)  # each is shown in its other style
+    training = [scene_at(sprites, (256, 256), number) for number in range(300)]
+    seen = {(placed.thing.name, scene.style) for scene in training for placed in scene.things}
+    assert not seen & pairs
+    assert {name for name, _ in seen} == set(THINGS)
