@@ -38,7 +38,7 @@ from fulgurite.training.evaluation import found, frechet, score
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, TimeIsUpError, save_network
 from fulgurite.training.low_rank import LoRA
-from fulgurite.training.plans import PAPER, QUICK
+from fulgurite.training.plans import PAPER, QUICK, SDXL
 from fulgurite.training.reader import Reader
 from fulgurite.training.scenes import random_scene
 from fulgurite.training.sources import SPRITE, Sprites, Thing
@@ -290,7 +290,7 @@ def test_guidance_is_in_the_first_teachers_steps_alone(ground: Ground) -> None:
     assert not torch.equal(guided.reached, plain.reached)
 
 
-@pytest.mark.parametrize("plans", [PAPER, QUICK], ids=["paper", "quick"])
+@pytest.mark.parametrize("plans", [PAPER, SDXL, QUICK], ids=["paper", "sdxl", "quick"])
 def test_a_plan_names_students_that_are_there_by_then(plans: tuple[Distillation, ...]) -> None:
     done: set[str] = set()
     for plan in plans:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import needs_weights
 from safetensors.torch import save_file
 from small_sdxl import FIRST, SECOND, UNET, roughened, write_tokenizer
 from small_sdxl import VAE as SMALL_VAE
@@ -19,6 +20,7 @@ from fulgurite.training.evaluation import Judged, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.negatives import asked_for
+from fulgurite.training.recipe import students_in, students_inside
 from fulgurite.training.scenes import held_out, random_scene
 from fulgurite.training.sources import SPRITE, Sprites, Thing
 from fulgurite.weights import Networks
@@ -72,15 +74,27 @@ def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Spr
 
 
 def test_ways_are_what_the_files_say(tmp_path: Path) -> None:
-    base = tmp_path / "base.safetensors"
-    for name in ("guided_lora", "4step_lora", "2step_unet"):
+    files = [
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+        "text_encoder_2/model",
+    ]
+    for name in (*files, "guided_lora", "4step_lora", "2step_unet"):
+        (tmp_path / f"{name}.safetensors").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.safetensors").touch()
-    students = {way.name: way for way in ways_of(base, tmp_path) if not way.guided}
-    assert [name for name in students if "LoRA" not in name] == ["student, 2 steps"]
-    assert students["student, 2 steps"].unet == tmp_path / "2step_unet.safetensors"
-    assert [path.stem for path in students["student, 4 steps, LoRA"].loras] == ["guided_lora", "4step_lora"]
-    assert [path.stem for path in students["student, 8 steps, LoRA"].loras] == ["guided_lora"]
-    assert [way.steps for way in ways_of(base, tmp_path) if way.guided] == [32, 20, 8, 4, 2, 1]
+    unet = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    ways = {way.name: way for way in ways_of(unet, students_in(tmp_path, unet))}
+    assert [way.steps for way in ways.values() if way.guided] == [32, 20, 8, 4, 2, 1]
+    assert ways["student, 2 steps"].unet == tmp_path / "2step_unet.safetensors"
+    assert [path.stem for path in ways["student, 4 steps"].loras] == ["guided_lora", "4step_lora"]
+    assert [path.stem for path in ways["student, 1 step"].loras] == ["guided_lora"]
+
+
+@needs_weights
+def test_the_students_inside_are_those_that_the_card_serves() -> None:
+    assert list(students_inside()) == [8, 4, 2, 1]
+    assert all(path.exists() for files in students_inside().values() for path in files.loras)
 
 
 @pytest.mark.parametrize("kind", ["background", "second thing"])

@@ -66,12 +66,13 @@ def recipe(
 ) -> None:
     """Trains the small model from nothing, distils and evaluates it, by the recipe of the one inside the package."""
     amounts = checked(preset)
-    from fulgurite.training.recipe import evaluate_in
+    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_in
     from fulgurite.training.recipe import train as run_stages
 
     with timed(amounts.device, minutes) as run:
         run_stages(work, out, amounts, run)
-        evaluate_in(work, out, out.with_name(f"{out.name}-lightning"), amounts, prompts, run)
+        students = students_in(out.with_name(f"{out.name}-lightning"), out / UNET_FILE)
+        evaluate_in(work, out, students, amounts, prompts, run)
 
 
 @train.command()
@@ -93,7 +94,7 @@ def distil(
 @train.command()
 def evaluate(
     work: Work,
-    students: Annotated[Path, typer.Option(help="A folder of students' files.")] = EMBEDDED / "spark-lightning",
+    students: Annotated[Path | None, typer.Option(help="A folder of students; else those inside the package.")] = None,
     model: Model = EMBEDDED / "spark",
     prompts: Prompts = 2000,
     held_out_pairs: Annotated[bool, typer.Option(help="Only things in styles that training kept them from.")] = False,
@@ -102,10 +103,11 @@ def evaluate(
 ) -> None:
     """Prints how often an encoder of pictures and captions finds what was asked for, and how real pictures look."""
     amounts = checked(preset)
-    from fulgurite.training.recipe import evaluate_in
+    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_in, students_inside
 
     with timed(amounts.device, minutes) as run:
-        evaluate_in(work, model, students, amounts, prompts, run, held_out_pairs)
+        found = students_in(students, model / UNET_FILE) if students else students_inside()
+        evaluate_in(work, model, found, amounts, prompts, run, held_out_pairs)
 
 
 @train.command()

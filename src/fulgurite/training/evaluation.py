@@ -24,6 +24,7 @@ from fulgurite.training.sources import Sprites
 from fulgurite.training.steps import Guide, Sayer, decoded, drawn
 from fulgurite.training.vae import to_pixels
 from fulgurite.weights import Networks
+from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_unet
 
 AMONG = 100  # captions, of which one is right
@@ -82,21 +83,14 @@ class Way:
     guided: bool
 
 
-def ways_of(unet: Path, students: Path) -> list[Way]:
-    """The undistilled model guided, then the students in a folder, as SDXL-Lightning names its files.
+def ways_of(unet: Path, students: dict[int, Files]) -> list[Way]:
+    """The undistilled model guided, then its students by their steps."""
+    ways = [Way(named("teacher", n), unet, (), n, guided=True) for n in (32, 20, 8, 4, 2, 1)]
+    return ways + [Way(named("student", n), files.unet, files.loras, n, guided=False) for n, files in students.items()]
 
-    A student is a whole UNet, or a LoRA upon one; upon ``guided_lora`` too, where the folder has that.
-    """
-    ways = [Way(f"teacher, {n} step{'s' * (n > 1)}", unet, (), n, guided=True) for n in (32, 20, 8, 4, 2, 1)]
-    shared = students / "guided_lora.safetensors"
-    for n in (8, 4, 2, 1):
-        whole, own = (students / f"{n}step_{kind}.safetensors" for kind in ("unet", "lora"))
-        loras = tuple(file for file in (shared, own) if file.exists())
-        if whole.exists():
-            ways.append(Way(f"student, {n} step{'s' * (n > 1)}", whole, (), n, guided=False))
-        if loras:
-            ways.append(Way(f"student, {n} step{'s' * (n > 1)}, LoRA", unet, loras, n, guided=False))
-    return ways
+
+def named(who: str, steps: int) -> str:
+    return f"{who}, {steps} step{'s' * (steps > 1)}"
 
 
 class Judged:

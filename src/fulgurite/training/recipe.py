@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END
-from fulgurite.training.distil import Distillation, Ground, distil
+from fulgurite.training.distil import Distillation, Ground, distil, student_file
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
@@ -26,7 +26,8 @@ from fulgurite.training.teacher import train_teacher, train_tokenizer
 from fulgurite.training.text import train_text_encoders
 from fulgurite.training.vae import normalize_latents, refine_decoder, render_pictures, to_pixels, train_vae
 from fulgurite.training.words import FIRST
-from fulgurite.weights.load import load_folder
+from fulgurite.weights.files import Files, folder_files
+from fulgurite.weights.load import load_folder, locate
 
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -119,16 +120,38 @@ def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) ->
     distil_all(work, out, preset, ground)
 
 
+def students_in(folder: Path, unet: Path) -> dict[int, Files]:
+    """Students by their steps, from a folder that ``distil_all`` wrote: upon the guided one, where there is that."""
+    of_base, found = replace(folder_files(unet.parent.parent), unet=unet), {}
+    for n in (8, 4, 2, 1):
+        whole = student_file(folder, str(n), whole=True)
+        loras = tuple(
+            path
+            for path in (student_file(folder, "guided", False), student_file(folder, str(n), False))
+            if path.exists()
+        )
+        if whole.exists():
+            found[n] = replace(of_base, unet=whole)
+        elif loras:
+            found[n] = replace(of_base, loras=loras)
+    return found
+
+
+def students_inside() -> dict[int, Files]:
+    """Those of the package, as its card has them."""
+    lightning = card(f"{MODEL}-lightning")
+    return {n: locate(lightning, n) for n in sorted(lightning.schedules, reverse=True)}
+
+
 def evaluate_in(
-    work: Path, model: Path, students: Path, preset: Preset, count: int, run: Run, pairs: bool = False
+    work: Path, model: Path, students: dict[int, Files], preset: Preset, count: int, run: Run, pairs: bool = False
 ) -> None:
     """Prints what the model in a folder and its students get, and keeps it in ``work``."""
     of_model = card(MODEL)
     networks = load_folder(model, of_model, run.device, torch.bfloat16)
     sprites = Data.built(work, preset).sprites
-    judged = Judged(
-        of_model, networks, sprites, work / f"evaluation{'-pairs' * pairs}", count, READER_STEPS, run, pairs
-    )
+    folder = work / ("evaluation-pairs" if pairs else "evaluation")
+    judged = Judged(of_model, networks, sprites, folder, count, READER_STEPS, run, pairs)
     ways = ways_of(model / UNET_FILE, students)
     evaluate(judged, ways)
     negatives(judged, [way for way in ways if way.steps in (20, 4) and way.guided == (way.steps == 20)], count // 10)
