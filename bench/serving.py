@@ -1,8 +1,9 @@
-"""What step-level batching does for those who wait: python bench/serving.py [--seconds 40] [--loads 0.5 0.8 1.1]
+"""What step-level batching does for those who wait: python bench/serving.py [--seconds 40] [--loads 0.5 0.8 2]
 
 Open-loop Poisson arrivals of pictures of 1, 2, 4 and 8 steps, several sizes and prompts that repeat, drawn by the
 embedded model: by our engine, by one picture at a time, and by static batches of equal requests, over the same networks
-in one run. Load 1 is all that one picture at a time can do. Slowdown is latency over the request's own time alone.
+in one run. Load 1 is all that one picture at a time can do; beyond, what counts is the throughput. Slowdown is latency
+over the request's own time alone.
 
 The model is the distilled one, which has a UNet for each number of steps, as SDXL-Lightning has: pictures share a step
 only with those of as many steps. `--model fulgurite/spark` draws any number of steps with one UNet.
@@ -87,8 +88,8 @@ class Bench:
         close()
         return times
 
-    def overhead(self) -> float:
-        """Milliseconds between two evaluations of a network for eight pictures, over one that does nothing."""
+    def overhead(self) -> dict[str, float]:
+        """Milliseconds between two steps of eight pictures, or as many as fit, of a network that does nothing."""
         calls: list[tuple[float, int, float]] = []  # when it was called, for how many rows, and when it returned
 
         def nothing(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -106,7 +107,7 @@ class Bench:
         engine.close()
         rows = max(n for _, n, _ in calls)
         gaps = [b[0] - a[2] for a, b in itertools.pairwise(calls) if a[1] == b[1] == rows]
-        return 1000 * statistics.median(gaps)
+        return {"rows": rows, "ms": round(1000 * statistics.median(gaps), 3)}
 
 
 class Static:
@@ -209,17 +210,26 @@ def alone(call: Callable[..., Any], *arguments: object) -> Any:
         return process.submit(call, *arguments).result()
 
 
-def measured(bench: Bench, loads: Sequence[float], seconds: float, run: Callable[..., Any] = alone) -> dict[str, Any]:
+def embedded(dtype: str) -> Loader:
+    """The embedded models on this CPU, in their usual precision or another."""
+    loader = Loader("cpu")
+    loader.dtype = getattr(torch, dtype) if dtype else loader.dtype
+    return loader
+
+
+def measured(
+    bench: Bench, loads: Sequence[float], seconds: float, ways: Sequence[str] = WAYS, run: Callable[..., Any] = alone
+) -> dict[str, Any]:
     """Offers each load to each way, printing a line for each; everything found, ready for JSON."""
     own = run(bench.own_times)
     capacity = len(STEPS) / sum(own.values())
     told = ", ".join(f"{n} steps {1000 * seconds:.0f}" for n, seconds in own.items())
     print(f"alone, ms: {told}; one at a time: {capacity:.2f}/s")
     spent = run(bench.overhead)
-    print(f"the engine's own time between two steps of 8 pictures: {spent:.2f} ms", flush=True)
+    print(f"the engine's own time between two steps of {spent['rows']} rows: {spent['ms']:.2f} ms", flush=True)
     rows = []
     for load in loads:
-        for name in WAYS:
+        for name in ways:
             *found, (_, throughput) = run(bench.offer, name, load * capacity, seconds, int(100 * load))
             row: dict[str, object] = {"load": load, "way": name, "pictures": len(found), "throughput": throughput}
             for steps in STEPS:
@@ -229,18 +239,20 @@ def measured(bench: Bench, loads: Sequence[float], seconds: float, run: Callable
             shown = "  ".join(f"{n}: {row[f'p50_{n}']:>6} {row[f'p99_{n}']:>6}" for n in STEPS)
             print(f"load {load}  {name:<14}  {throughput:5.2f}/s  slowdown p50 p99 by steps  {shown}", flush=True)
     machine = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"machine": machine, "model": bench.model, "own_seconds": own, "overhead_ms": spent, "rows": rows}
+    return {"machine": machine, "model": bench.model, "own_seconds": own, "overhead": spent, "rows": rows}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--model", default="fulgurite/spark-lightning")
     arguments.add_argument("--seconds", type=float, default=40)
-    arguments.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 1.1])
+    arguments.add_argument("--loads", type=float, nargs="+", default=[0.5, 0.8, 2.0])
+    arguments.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    arguments.add_argument("--dtype", default="", help="float32 or bfloat16; else what the device is quickest in")
     arguments.add_argument("--inexact", action="store_true", help="our engine with its setting `exact` off")
     options = arguments.parse_args()
-    bench = Bench(options.model, partial(Loader, "cpu"), SIZES, not options.inexact)
-    print(json.dumps(measured(bench, options.loads, options.seconds)))
+    bench = Bench(options.model, partial(embedded, options.dtype), SIZES, not options.inexact)
+    print(json.dumps(measured(bench, options.loads, options.seconds, options.ways)))
 
 
 if __name__ == "__main__":

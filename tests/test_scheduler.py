@@ -1,5 +1,9 @@
 """The scheduler's properties: no torch, no thread, a clock of its own."""
 
+import random
+from itertools import accumulate
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +19,7 @@ def run(scheduler: Scheduler, now: float) -> tuple[Work, float]:
     work = scheduler.next(now)
     assert work
     seconds = {"encode": 0.001, "step": STEP, "decode": DECODE}[work.stage]
-    scheduler.ran(work, work.tasks, seconds, 4)
+    scheduler.ran(work, work.tasks, seconds, scheduler._rows)
     if work.stage == "decode":
         scheduler.remove(work.tasks[0])
     return work, now + seconds
@@ -52,6 +56,35 @@ def test_positions_are_those_of_a_queue(asked: list[tuple[Group, str, int, int]]
     assert scheduler.seconds_until_a_place() >= 1
 
 
+@pytest.mark.parametrize("of_one_group", [True, False])
+@pytest.mark.parametrize("per_second", [10, 16, 80])  # within what one at a time can do, all of it, and far too many
+def test_who_is_told_when_it_begins_is_told_about_the_truth(per_second: int, of_one_group: bool) -> None:
+    """On average within a factor of three, by a device that takes a fixed time a step and more for each row."""
+    chance, scheduler, now, begun = random.Random(0), Scheduler(), 0.0, dict[Task, float]()
+    due = list(accumulate(chance.expovariate(per_second) for _ in range(400)))
+    told: dict[Task, float] = {}
+    while due or scheduler.tasks():
+        if not scheduler.tasks():
+            now = max(now, due[0])
+        while due and due[0] <= now:
+            task = Task(GROUPS[0] if of_one_group else chance.choice(GROUPS), "a", 1, chance.choice((1, 2, 4, 8)), now)
+            scheduler.add(task)
+            told[task] = scheduler.seconds_until_begun(task)
+            due.pop(0)
+        work = scheduler.next(now)
+        assert work
+        if work.stage == "encode":
+            begun |= dict.fromkeys(work.tasks, now)
+        seconds = {"encode": 0.002, "step": 0.008 + 0.003 * len(work.tasks), "decode": 0.025}[work.stage]
+        now += seconds
+        scheduler.ran(work, work.tasks, seconds, 16)
+        if work.stage == "decode":
+            scheduler.remove(work.tasks[0])
+    learned = list(told)[50:]
+    waited = sum(begun[task] - task.arrived for task in learned)
+    assert waited / 3 < sum(told[task] for task in learned) < 3 * waited
+
+
 def test_keys_share_a_batch_evenly_however_much_one_asks() -> None:
     scheduler, now = Scheduler(rows=4), 0.0
     for _ in range(100):
@@ -65,6 +98,21 @@ def test_keys_share_a_batch_evenly_however_much_one_asks() -> None:
         _, now = run(scheduler, now)
         rounds += 1
     assert rounds <= 30  # its 4 steps, and what was begun beside it; not the greedy one's hundred
+
+
+@pytest.mark.parametrize("in_own_group", [True, False])
+def test_who_asks_for_many_sizes_gets_no_more_of_the_device(in_own_group: bool) -> None:
+    """One key's jobs are of three groups, the other's of one, which the first is in too, or not."""
+    scheduler, now, had = Scheduler(rows=1), 0.0, {"varied": 0.0, "plain": 0.0}
+    for _ in range(1000):
+        for group in GROUPS[in_own_group:]:
+            scheduler.add(Task(group, "varied", 1, 4, now))
+        scheduler.add(Task(GROUPS[0], "plain", 1, 4, now))
+    while now < 20:
+        before = now
+        work, now = run(scheduler, now)
+        had[work.tasks[0].key] += now - before
+    assert 0.8 < had["varied"] / had["plain"] < 1.25
 
 
 def test_a_long_job_does_not_starve_behind_a_stream_of_short_ones() -> None:

@@ -1,8 +1,8 @@
 """Which jobs the device serves next, a step at a time. It knows no torch, and no clock but the one it is told.
 
-Device time is shared among groups (what can be in one batch) in proportion to the keys that wait in each, and a
-batch's rows among the keys, by start-time fair queueing (Goyal et al., SIGCOMM 1996). Of one key's jobs the one with
-the fewest steps left goes first, unless another has waited long: so nobody starves.
+Device time is shared evenly among keys: among groups (what can be in one batch) by the keys in each, where a key in
+several counts in each for less, and a batch's rows among its keys, by start-time fair queueing (Goyal et al., SIGCOMM
+1996). Of one key's jobs the one with the fewest steps left goes first, unless another has waited long: nobody starves.
 """
 
 import math
@@ -49,7 +49,9 @@ class Work:
 
 
 class Shares:
-    """How much each has had. Who joins has had as much as who was served last: idling saves nothing up."""
+    """Seconds that each has had, by its weight. Who joins has had as much as who was served last: idling saves
+    nothing up.
+    """
 
     def __init__(self) -> None:
         self.had: dict[Hashable, float] = {}
@@ -61,10 +63,10 @@ class Shares:
     def leave(self, who: Hashable) -> None:
         self.had.pop(who, None)
 
-    def charge(self, who: Hashable, amount: float) -> None:
+    def charge(self, who: Hashable, seconds: float) -> None:
         if who in self.had:
             self._floor = max(self._floor, self.had[who])
-            self.had[who] += amount
+            self.had[who] += seconds
 
 
 @dataclass
@@ -138,7 +140,12 @@ class Scheduler:
             return Work("decode", first.group, [first])
         if not self._queues:
             return None
-        group = min(self._queues, key=lambda group: self._groups.had[group] + AMORTIZED * self.switch_seconds(group))
+        # A second of the device counts for an average group as this: weights of keys come to one each in all.
+        second = len(self._queues) / len({key for queue in self._queues.values() for key in queue.keys.had})
+        group = min(
+            self._queues,
+            key=lambda group: self._groups.had[group] + AMORTIZED * self.switch_seconds(group) * second,
+        )
         chosen = self._choose(self._queues[group])
         new = [task for task in chosen if not task.begun]
         return Work("encode", group, new) if new else Work("step", group, chosen)
@@ -156,7 +163,7 @@ class Scheduler:
                 break
             chosen.append(task)
             room -= task.rows
-            had[key] += task.rows
+            had[key] += task.rows * queue.row_seconds / self._weight(key)
             if not of_key[key]:
                 del of_key[key]
         return chosen
@@ -170,8 +177,8 @@ class Scheduler:
         if queue is None:
             return
         queue.capacity = capacity
-        keys = max(1, len(queue.keys.had))
-        self._groups.charge(work.group, seconds / keys)
+        weights = {key: self._weight(key) for key in queue.keys.had}
+        self._groups.charge(work.group, seconds / (sum(weights.values()) or 1))
         if work.stage == "encode":
             for task in moved:
                 task.begun = True
@@ -181,9 +188,15 @@ class Scheduler:
             queue.step_seconds += LEARNING * (seconds - queue.step_seconds)
             for task in moved:
                 task.steps_left -= 1
-                queue.keys.charge(task.key, task.rows)
+                queue.keys.charge(task.key, seconds * task.rows / rows / weights.get(task.key, 1))
         elif work.stage == "decode" and moved:
             queue.decode_seconds += LEARNING * (seconds / len(moved) - queue.decode_seconds)
+            for task in moved:
+                queue.keys.charge(task.key, seconds / len(moved) / weights.get(task.key, 1))
+
+    def _weight(self, key: Hashable) -> float:
+        """What a key counts for in each of the groups that it has tasks in."""
+        return 1 / max(1, sum(key in queue.keys.had for queue in self._queues.values()))
 
     def position(self, task: Task) -> int:
         """How many waiting tasks are begun before this one, as the keys take their turns; 0 once it is begun."""
@@ -198,10 +211,17 @@ class Scheduler:
         return [other for tasks in of_key.values() for other in tasks[:turn]]
 
     def seconds_until_begun(self, task: Task) -> float:
-        """About how long a task still waits: for what runs and for what goes before it."""
+        """About how long a task still waits: until its group's turn, if a step has room for it then; or for all the
+        work of what runs and of what goes before it.
+        """
         if task.begun:
             return 0.0
         ahead = [other for other in self.tasks() if other.begun] + self._before(task)
+        queue = self._queues[task.group]
+        if sum(other.rows for other in ahead if other.group == task.group) + task.rows <= queue.capacity:
+            decodes = sum(self._queues[other.group].decode_seconds for other in ahead if not other.steps_left)
+            steps = {other.group: self._queues[other.group].step_seconds for other in ahead if other.steps_left}
+            return decodes + sum(steps.values())
         return sum(self._queues[other.group].work(other) for other in ahead)
 
     def seconds_of_work(self) -> float:

@@ -1,0 +1,216 @@
+"""The engine at SDXL's sizes on a GPU, over random weights: python bench/serving_sdxl.py --out FOLDER [--small]
+
+1. Same bits: a random mix of pictures that join and are cancelled at random moments, the last latent and the pixels of
+   each compared to the bit with those of its request drawn alone.
+2. What exactness costs: milliseconds of a step by its rows, and which numbers of rows give the bits of smaller ones.
+3. What another checkpoint costs: seconds to merge a LoRA of rank 64 from its file into the UNet that is on the device,
+   and to copy a whole UNet from the host's memory instead.
+4. Serving: bench/serving.py's loads and ways.
+
+Everything goes into FOLDER/result.json and, as one line, to the end of the output. It should need 35 GB of GPU memory
+and less than ten minutes. It has not run on a GPU: only with `--small`, the same over tiny networks on a CPU.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from serving import STEPS, Bench, measured
+
+from fulgurite import Picture, Pipeline, Request
+from fulgurite.cards import Card, card
+from fulgurite.engine import Engine, Runner
+from fulgurite.engine.batches import LADDER, most_rows
+from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
+from fulgurite.models.tokenizer import END, START
+from fulgurite.pipeline import Row, plan, smallest_batch, usual_dtype
+from fulgurite.weights import Networks
+from fulgurite.weights.lora import merged
+
+MODEL = "bytedance/stable-diffusion-xl-lightning"
+SIZES = ((1024, 1024), (1152, 896), (896, 1152))
+SMALL_SIZES = ((256, 256), (320, 256))
+
+
+class Recorded(Pipeline):
+    """Keeps the last latent of each picture, by its seed."""
+
+    latents: dict[int, torch.Tensor]
+
+    def finish(self, row: Row) -> Picture:
+        assert row.request.seed is not None
+        self.latents[row.request.seed] = row.x.clone()
+        return super().finish(row)
+
+
+class RandomWeights:
+    """A loader of SDXL-Lightning's networks with random weights: a UNet for each schedule, all of them here to stay."""
+
+    def __init__(self, of_model: Card, device: str, dtype: torch.dtype) -> None:
+        self.latents: dict[int, torch.Tensor] = {}
+        first, second = of_model.text_encoders
+        tokenizers = tokenizer(first), tokenizer(second)
+        with torch.device(device):
+            encoders = CLIPTextEncoder(first).to(dtype), CLIPTextEncoder(second).to(dtype)
+            vae = VAE(of_model.vae).to(dtype)
+            unets = {steps: UNet(of_model.unet).to(dtype) for steps in of_model.schedules}
+        self._pipelines = {}
+        for steps, unet in unets.items():
+            networks = Networks(tokenizers, encoders, unet, vae, of_model.prediction)
+            for network in (*encoders, unet, vae):
+                network.requires_grad_(False).eval()
+            self._pipelines[steps] = Recorded(of_model, networks, device, dtype)
+            self._pipelines[steps].latents = self.latents
+
+    def __call__(self, model: str, steps: int) -> Pipeline:
+        return self._pipelines[card(model).steps_for(steps)]
+
+    def switch_seconds(self, model: str, steps: int) -> float:
+        return 0.0
+
+    def drop_others(self, model: str, steps: int) -> None:
+        pass
+
+
+def tokenizer(config: CLIPTextConfig) -> Tokenizer:
+    """CLIP's over single bytes, with as many tokens as the text encoder knows."""
+    letters = sorted({chr(33 + i) for i in range(94)} | {chr(161 + i) for i in range(163)})
+    words = letters + [letter + "</w>" for letter in letters]
+    words += [f"<unused{i}>" for i in range(config.eos_token_id - 1 - len(words))] + [START, END]
+    return Tokenizer({word: i for i, word in enumerate(words)}, [], config.max_position_embeddings)
+
+
+def small(of_model: Card) -> Card:
+    """The card with networks that a CPU runs in no time; latents are of the same shape."""
+    text = CLIPTextConfig(600, 16, 32, 2, 2, 77, "gelu", None, 599)
+    return replace(
+        of_model,
+        unet=UNetConfig(4, 4, (32, 64), 1, (0, 1), 16, 32, 8, 16, 8),
+        vae=VAEConfig(3, 4, (8, 8, 8, 8), 1, 8, 0.13),
+        text_encoders=(text, replace(text, projection_dim=16)),
+    )
+
+
+def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> dict[str, int]:
+    """How many pictures of a mix were compared with their requests drawn alone, and how many differed."""
+    chance, asked = random.Random(0), []
+    for _ in range(count):
+        request = bench.picture(chance)
+        guided = {"guidance": chance.choice((7.5, 9.0)), "negative_prompt": chance.choice(("", "blurry"))}
+        asked.append((replace(request, **guided), chance.random() < 0.2))
+
+    engine, jobs = Engine(lambda: Runner(load)), list[Future[Picture]]()
+    for request, unwanted in asked:
+        jobs.append(engine.submit(MODEL, request, key=chance.choice("abc")))
+        time.sleep(chance.random() * pause)
+        if unwanted:
+            engine.cancel(jobs[-1])
+    found = {"compared": 0, "different": 0}
+    for (request, _), job in zip(asked, jobs, strict=True):
+        if job.cancelled() or job.exception():
+            continue
+        assert request.seed is not None
+        latent = load.latents[request.seed]
+        alone = load(MODEL, request.num_steps).draw(request)
+        same = torch.equal(latent, load.latents[request.seed])
+        found["compared"] += 1
+        found["different"] += not (same and job.result().image.tobytes() == alone.image.tobytes())
+    stats = engine.stats()
+    engine.close()
+    load.latents.clear()
+    return found | {"steps": stats["steps"], "rows": stats["rows"], "failed": stats["failed"]}
+
+
+def step_times(load: RandomWeights, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Milliseconds of a step by its rows, and whether these have the bits of the smallest batches."""
+    pipeline, request = load(MODEL, 4), Request("a fox", "", size[1], size[0], 4)
+    shape = plan(pipeline.card, request).latent_shape
+    smallest, found = smallest_batch(pipeline.card, pipeline.device, shape), []
+    for batch in [n for n in LADDER if n % smallest == 0 and n <= most_rows(pipeline.device.type == "cuda", shape)]:
+        times = []
+        for _ in range(6):
+            rows = [pipeline.start(replace(request, seed=seed), pipeline.encode) for seed in range(batch)]
+            finished(pipeline)
+            started = time.perf_counter()
+            pipeline.step(rows, batch)
+            finished(pipeline)
+            times.append(1000 * (time.perf_counter() - started))
+        exact = pipeline.agrees(shape[1:], [smallest] * (batch // smallest))
+        found.append({"rows": batch, "ms": round(statistics.median(times[1:]), 2), "exact": exact})
+    return found
+
+
+def switching(pipeline: Pipeline, folder: Path) -> dict[str, float]:
+    """Seconds, and the GB of one UNet, to put another checkpoint onto the device in either way."""
+    base, path, rank = pipeline.networks.unet.state_dict(), folder / "lora.safetensors", 64
+    changes = {}
+    for name, weight in base.items():
+        if weight.ndim > 1:
+            module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            up = len(weight), rank, *[1] * (weight.ndim - 2)
+            changes[f"{module}.lora_down.weight"] = 0.01 * torch.randn(rank, *weight.shape[1:]).half()
+            changes[f"{module}.lora_up.weight"] = 0.01 * torch.randn(up).half()
+    save_file(changes, path)
+    on_host = [weight.cpu() for weight in base.values()]
+    device, times = str(pipeline.device), {}
+    for way, switch in (
+        ("merge", lambda: merged(base, path, pipeline.card.unet, device, pipeline.dtype)),
+        ("copy", lambda: [weight.to(device, copy=True) for weight in on_host]),
+    ):
+        switch()
+        finished(pipeline)
+        started = time.perf_counter()
+        switch()
+        finished(pipeline)
+        times[way] = round(time.perf_counter() - started, 3)
+    path.unlink()
+    return times | {"gigabytes": round(sum(weight.nbytes for weight in base.values()) / 1e9, 3)}
+
+
+def finished(pipeline: Pipeline) -> None:
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_this_process(call: Any, *arguments: Any) -> Any:
+    """The weights are too large to be made again for each way of serving."""
+    return call(*arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for result.json; made if it is not there")
+    parser.add_argument("--small", action="store_true", help="tiny networks on the CPU: does this script work?")
+    parser.add_argument("--seconds", type=float, default=40, help="of each way of serving at each load")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.8, 1.5])
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    of_model = small(card(MODEL)) if options.small else card(MODEL)
+    device, dtype = ("cpu", usual_dtype("cpu")) if options.small else ("cuda", torch.float16)
+    load, sizes = RandomWeights(of_model, device, dtype), SMALL_SIZES if options.small else SIZES
+    bench = Bench(MODEL, lambda: load, sizes)
+
+    result: dict[str, Any] = {"device": "cpu" if options.small else torch.cuda.get_device_name(), "steps": STEPS}
+    result["same_bits"] = same_bits(load, bench, count=24, pause=0.02 if options.small else 0.3)
+    print("same bits:", result["same_bits"], flush=True)
+    result["step_ms"] = {f"{width}x{height}": step_times(load, (width, height)) for width, height in sizes}
+    print("steps:", result["step_ms"], flush=True)
+    result["switching"] = switching(load(MODEL, 8), options.out)
+    print("switching:", result["switching"], flush=True)
+    result["serving"] = measured(bench, options.loads, options.seconds, run=in_this_process)
+    (options.out / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
