@@ -18,7 +18,7 @@ from conftest import SPARK, Blank, Loads, engine_of, needs_weights
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.engine import Engine, Runner
 from fulgurite.errors import BusyError, DeviceError, FulguriteError, NotFiniteError, OutOfMemoryError, RequestError
-from fulgurite.pipeline import Row
+from fulgurite.pipeline import Encoded, Row
 
 LIGHTNING = "bytedance/stable-diffusion-xl-lightning"
 FOX = Request("a red fox", width=256, height=256, num_steps=4, seed=1)
@@ -263,6 +263,20 @@ def test_late_jobs_are_given_up_and_refused_whatever_the_device_does() -> None:
         with pytest.raises(BusyError, match="not made within"):
             job.result(10)  # while its step still waits
         gate.open.set()
+
+
+def test_a_prompt_that_comes_again_is_not_encoded_again() -> None:
+    encoded: list[str] = []
+
+    class Encodes(Blank):
+        def encode(self, prompt: str) -> Encoded:
+            encoded.append(prompt)
+            return super().encode(prompt)
+
+    with closing(engine_of(Encodes())) as engine:
+        for prompt in ("fox", "boat", "fox"):
+            assert engine.submit(SPARK, replace(FOX, prompt=prompt)).result(20)
+    assert encoded == ["fox", "boat"]
 
 
 def test_close_ends_everything_within_a_step() -> None:

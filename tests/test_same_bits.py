@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import Card
 from fulgurite.engine import Engine, Load, Loader, Runner
-from fulgurite.pipeline import Preview, Row
+from fulgurite.errors import NotFiniteError
+from fulgurite.pipeline import Encoded, Preview, Row
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
 NAMES = ("a red fox", "a blue boat at sea", "night")
@@ -130,7 +131,7 @@ def test_a_picture_is_the_same_to_the_bit_whoever_shares_its_batch(
     pipeline = in_precision(tiny, replace(tiny.card, native_shapes=(), schedules=(1, 2, 4) if distilled else ()), dtype)
     monkeypatch.setattr("fulgurite.engine.engine.card", lambda model: pipeline.card)
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(mixes(most_steps=5, widths=(256, 300), most=9))
     @example(ALIKE)
     def interleaved(asked: list[Asked]) -> None:
@@ -141,7 +142,7 @@ def test_a_picture_is_the_same_to_the_bit_whoever_shares_its_batch(
     assert (pipeline.most > smallest) == pipeline.agrees((16, 16), [smallest, smallest])  # else this compared nothing
 
 
-def in_precision(tiny: Pipeline, card: Card, dtype: torch.dtype) -> Counted:
+def in_precision(tiny: Pipeline, card: Card, dtype: torch.dtype, kind: type[Counted] = Counted) -> Counted:
     nets = tiny.networks
     networks = replace(
         nets,
@@ -150,7 +151,26 @@ def in_precision(tiny: Pipeline, card: Card, dtype: torch.dtype) -> Counted:
         vae=type(nets.vae)(nets.vae.config).to(dtype),
         fast_decoder=type(nets.fast_decoder)(nets.fast_decoder.config).to(dtype),
     )
-    return Counted(card, networks, "cpu", dtype)
+    return kind(card, networks, "cpu", dtype)
+
+
+class Poisoned(Counted):
+    """Starts one prompt's picture from what is no number."""
+
+    def start(self, request: Request, encode: Callable[[str], Encoded]) -> Row:
+        row = super().start(request, encode)
+        return replace(row, x=row.x * float("nan")) if request.prompt == "poison" else row
+
+
+def test_a_row_that_is_no_numbers_fails_alone_and_changes_no_bit_of_the_others(tiny: Pipeline) -> None:
+    pipeline = in_precision(tiny, tiny.card, torch.bfloat16, Poisoned)
+    requests = [Request("night", width=256, height=256, num_steps=3, seed=seed) for seed in range(4)]
+    with closing(Engine(lambda: Runner(Loads(pipeline)))) as engine:
+        poisoned = engine.submit(SPARK, replace(requests[0], prompt="poison"))
+        jobs = [engine.submit(SPARK, request) for request in requests]
+        assert isinstance(poisoned.exception(60), NotFiniteError)
+        for request, job in zip(requests, jobs, strict=True):
+            assert job.result(60).image.tobytes() == pipeline.draw(request).image.tobytes()
 
 
 @pytest.fixture
