@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from serving import STEPS, Bench, measured
 
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import Card, card
@@ -35,6 +34,7 @@ from fulgurite.models.tokenizer import END, START
 from fulgurite.pipeline import Row, plan, smallest_batch, usual_dtype
 from fulgurite.weights import Networks
 from fulgurite.weights.lora import merged
+from serving import STEPS, Bench, measured
 
 MODEL = "bytedance/stable-diffusion-xl-lightning"
 SIZES = ((1024, 1024), (1152, 896), (896, 1152))
