@@ -1,4 +1,4 @@
-"""The engine at SDXL's sizes on a GPU, over random weights: python bench/serving_sdxl.py --out FOLDER [--small]
+"""The engine at SDXL's sizes on a GPU, over random weights: python bench/serving_sdxl.py --out FOLDER [--smoke]
 
 1. Same bits: a random mix of pictures that join and are cancelled at random moments, the last latent and the pixels of
    each compared to the bit with those of its request drawn alone.
@@ -8,13 +8,14 @@
 4. Serving: bench/serving.py's loads and ways.
 
 Everything goes into FOLDER/result.json and, as one line, to the end of the output. It should need 35 GB of GPU memory
-and less than ten minutes. It has not run on a GPU: only with `--small`, the same over tiny networks on a CPU.
+and less than ten minutes. It has not run on a GPU: only with `--smoke`, the same over tiny networks on a CPU.
 """
 
 import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -26,19 +27,18 @@ import torch
 from safetensors.torch import save_file
 
 from fulgurite import Picture, Pipeline, Request
-from fulgurite.cards import Card, card
+from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
-from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, Tokenizer, UNet, UNetConfig, VAEConfig
-from fulgurite.models.tokenizer import END, START
+from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
 from fulgurite.pipeline import Row, plan, smallest_batch, usual_dtype
-from fulgurite.weights import Networks
 from fulgurite.weights.lora import merged
+from peers.works import Work, sdxl
 from serving import STEPS, Bench, measured
 
 MODEL = "bytedance/stable-diffusion-xl-lightning"
 SIZES = ((1024, 1024), (1152, 896), (896, 1152))
-SMALL_SIZES = ((256, 256), (320, 256))
+SMOKE_SIZES = ((256, 256), (320, 256))
 
 
 class Recorded(Pipeline):
@@ -55,21 +55,15 @@ class Recorded(Pipeline):
 class RandomWeights:
     """A loader of SDXL-Lightning's networks with random weights: a UNet for each schedule, all of them here to stay."""
 
-    def __init__(self, of_model: Card, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, work: Work, device: str, dtype: torch.dtype) -> None:
         self.latents: dict[int, torch.Tensor] = {}
-        first, second = of_model.text_encoders
-        tokenizers = tokenizer(first), tokenizer(second)
-        with torch.device(device):
-            encoders = CLIPTextEncoder(first).to(dtype), CLIPTextEncoder(second).to(dtype)
-            vae = VAE(of_model.vae).to(dtype)
-            unets = {steps: UNet(of_model.unet).to(dtype) for steps in of_model.schedules}
         self._pipelines = {}
-        for steps, unet in unets.items():
-            networks = Networks(tokenizers, encoders, unet, vae, of_model.prediction)
-            for network in (*encoders, unet, vae):
-                network.requires_grad_(False).eval()
-            self._pipelines[steps] = Recorded(of_model, networks, device, dtype)
-            self._pipelines[steps].latents = self.latents
+        with torch.device(device):
+            networks = work.networks(dtype)
+            for steps in work.card.schedules:
+                own = replace(networks, unet=work.networks(dtype).unet)
+                self._pipelines[steps] = Recorded(work.card, own, device, dtype)
+                self._pipelines[steps].latents = self.latents
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         return self._pipelines[card(model).steps_for(steps)]
@@ -81,23 +75,17 @@ class RandomWeights:
         pass
 
 
-def tokenizer(config: CLIPTextConfig) -> Tokenizer:
-    """CLIP's over single bytes, with as many tokens as the text encoder knows."""
-    letters = sorted({chr(33 + i) for i in range(94)} | {chr(161 + i) for i in range(163)})
-    words = letters + [letter + "</w>" for letter in letters]
-    words += [f"<unused{i}>" for i in range(config.eos_token_id - 1 - len(words))] + [START, END]
-    return Tokenizer({word: i for i, word in enumerate(words)}, [], config.max_position_embeddings)
-
-
-def small(of_model: Card) -> Card:
-    """The card with networks that a CPU runs in no time; latents are of the same shape."""
-    text = CLIPTextConfig(600, 16, 32, 2, 2, 77, "gelu", None, 599)
-    return replace(
-        of_model,
+def smoke_work() -> Work:
+    """Networks that a CPU runs in no time; latents are of the shape that they have at these sizes."""
+    work = sdxl(256)
+    text = CLIPTextConfig(2048, 16, 32, 2, 2, 77, "gelu", None, work.card.text_encoders[0].eos_token_id)
+    of_model = replace(
+        work.card,
         unet=UNetConfig(4, 4, (32, 64), 1, (0, 1), 16, 32, 8, 16, 8),
         vae=VAEConfig(3, 4, (8, 8, 8, 8), 1, 8, 0.13),
         text_encoders=(text, replace(text, projection_dim=16)),
     )
+    return replace(work, card=of_model)
 
 
 def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> dict[str, int]:
@@ -189,19 +177,20 @@ def in_this_process(call: Any, *arguments: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder for result.json; made if it is not there")
-    parser.add_argument("--small", action="store_true", help="tiny networks on the CPU: does this script work?")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU: does this script work?")
     parser.add_argument("--seconds", type=float, default=40, help="of each way of serving at each load")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.8, 1.5])
     options = parser.parse_args(arguments)
+    if not options.smoke and not torch.cuda.is_available():
+        sys.exit("There is no GPU here: --smoke runs tiny networks on the CPU.")
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    of_model = small(card(MODEL)) if options.small else card(MODEL)
-    device, dtype = ("cpu", usual_dtype("cpu")) if options.small else ("cuda", torch.float16)
-    load, sizes = RandomWeights(of_model, device, dtype), SMALL_SIZES if options.small else SIZES
+    device, dtype = ("cpu", usual_dtype("cpu")) if options.smoke else ("cuda", torch.float16)
+    load = RandomWeights(smoke_work() if options.smoke else sdxl(1024), device, dtype)
+    sizes = SMOKE_SIZES if options.smoke else SIZES
     bench = Bench(MODEL, lambda: load, sizes)
 
-    result: dict[str, Any] = {"device": "cpu" if options.small else torch.cuda.get_device_name(), "steps": STEPS}
-    result["same_bits"] = same_bits(load, bench, count=24, pause=0.02 if options.small else 0.3)
+    result: dict[str, Any] = {"device": "cpu" if options.smoke else torch.cuda.get_device_name(), "steps": STEPS}
+    result["same_bits"] = same_bits(load, bench, count=24, pause=0.02 if options.smoke else 0.3)
     print("same bits:", result["same_bits"], flush=True)
     result["step_ms"] = {f"{width}x{height}": step_times(load, (width, height)) for width, height in sizes}
     print("steps:", result["step_ms"], flush=True)
