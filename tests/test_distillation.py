@@ -300,7 +300,7 @@ def test_a_plan_names_students_that_are_there_by_then(plans: tuple[Distillation,
             trailing_schedule(plan.teacher_steps).timesteps.tolist()
         )
         done.add(plan.name)
-    assert {"2", "1"} <= done
+    assert {"8", "4", "2", "1"} <= done or {"guided", "1"} <= done
 
 
 def test_distances_are_those_of_normal_distributions() -> None:

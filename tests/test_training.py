@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_sdxl import FIRST, SECOND, UNET
+from small_sdxl import VAE as SMALL_VAE
 from torch import nn
 from typer.testing import CliRunner
 
@@ -22,7 +23,7 @@ from fulgurite.cli import app
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
 from fulgurite.training.latents import LatentSet
-from fulgurite.training.loop import Stage, learning_rate
+from fulgurite.training.loop import Stage, learning_rate, save_network
 from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
@@ -30,6 +31,7 @@ from fulgurite.training.teacher import initialize, noised, train_teacher
 from fulgurite.training.text import NOTHING, Questions, Sketch, answers_of, train_text_encoders
 from fulgurite.training.vae import crops, normalize_latents, to_pixels
 from fulgurite.training.words import SYNONYMS
+from fulgurite.weights.load import load_vae
 
 NAMES = ("rocket", "fox", "house", "tulip")
 
@@ -164,6 +166,21 @@ def test_normalizing_gives_latents_of_unit_scale_and_the_same_pictures() -> None
         torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-3, rtol=0)
         torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0)
         torch.testing.assert_close(vae.decode(latents), before, atol=1e-3, rtol=1e-3)
+
+
+def test_an_encoder_kept_in_eight_bits_is_read_back_near_what_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    of_model = replace(card("fulgurite/spark"), vae=SMALL_VAE)
+    vae, half, coarse = VAE(SMALL_VAE), tmp_path / "half.safetensors", tmp_path / "coarse.safetensors"
+    save_network(vae, half)
+    save_network(vae, coarse, coarse="encoder.")
+    assert coarse.stat().st_size < half.stat().st_size
+    again = load_vae(coarse, of_model, "cpu", torch.float32).state_dict()
+    for name, tensor in vae.state_dict().items():
+        in_eight = name.startswith("encoder.") and tensor.ndim == 4
+        torch.testing.assert_close(
+            again[name], tensor, rtol=2**-4 if in_eight else 2**-11, atol=2**-10 if in_eight else 1e-7
+        )
 
 
 def test_crops_are_parts_of_the_pictures() -> None:

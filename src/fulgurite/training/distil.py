@@ -50,6 +50,7 @@ class Distillation:
     peak: float
     rank: int | None  # of its changes, which are a LoRA file; None: the whole UNet learns, and is a file
     upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
+    guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
 
 
@@ -157,7 +158,7 @@ def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, sche
     guide = None
     if plan.teacher is None:
         away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
-        guide = Guide(away, ground.card.guidance_strength)
+        guide = Guide(away, plan.guidance or ground.card.guidance_strength)
     stride = plan.teacher_steps // plan.steps
     first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
     x = begun(clean.to(device), torch.randn(clean.shape).to(device), first, schedule)

@@ -52,10 +52,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_network(network: nn.Module, path: Path) -> None:
-    """Writes float16 safetensors in the published layout: whole, or not at all."""
+def save_network(network: nn.Module, path: Path, coarse: str | None = None) -> None:
+    """Writes float16 safetensors in the published layout: whole, or not at all.
+
+    Convolutions whose names begin with ``coarse`` are written in 8 bits (float8, arXiv 2209.05433).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in network.state_dict().items()}
+    for name, tensor in tensors.items():
+        if coarse and name.startswith(coarse) and tensor.ndim == 4:
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
     save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
     path.with_suffix(".new").replace(path)
 

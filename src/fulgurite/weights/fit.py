@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fulgurite.errors import WeightsError
 from fulgurite.weights.original import HARMLESS, KeyMap
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn)
 
 
 def several(names: list[str], what: str) -> str:
