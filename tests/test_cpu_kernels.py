@@ -1,6 +1,8 @@
 """A CPU's faster layers against the plain ones that they stand for, on random shapes, and whole pictures by PSNR."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -170,3 +172,12 @@ def test_the_embedded_models_pictures_are_the_plain_networks(dtype):
         fast = Pipeline.load(model, steps=4, dtype=dtype)
         worst = min(psnr(np.array(plain.draw(r).image), np.array(fast.draw(r).image)) for r in REQUESTS)
         assert worst >= FLOORS[dtype]
+
+
+@needs_weights
+def test_a_first_picture_needs_no_compiler():
+    """torch imports its compiler at need, which takes longer than torch itself."""
+    draw = f"Pipeline.load({SPARK!r}, steps=1)('a cat', width=256, height=256, num_steps=1, seed=1)"
+    told = "print([name for name in sys.modules if name in ('torch._dynamo', 'torch._inductor', 'sympy')])"
+    code = f"import sys; from fulgurite import Pipeline; {draw}; {told}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

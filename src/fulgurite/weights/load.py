@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fulgurite.cards import Card
 from fulgurite.errors import WeightsError
@@ -180,8 +181,17 @@ def as_they_are(network: nn.Module) -> original.KeyMap:
 
 def on_meta(build: Callable[[], Network]) -> Network:
     """A network without memory for its weights: they come from the file."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialization():
         return build()
+
+
+class NoInitialization(TorchFunctionMode):
+    """Layers built under it do not draw their first weights: for the meta device torch would import its compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draws = getattr(function, "__module__", "") == "torch.nn.init"
+        return kwargs["tensor"] if draws else function(*args, **kwargs)
 
 
 def tensors_for(
