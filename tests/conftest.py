@@ -46,6 +46,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 HAS_WEIGHTS = any((Path(fulgurite.__file__).parent / "embedded" / "spark").rglob("*.safetensors"))
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded weights are not there")
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there is nothing to compile its kernels for
+
 torch.set_num_threads(1)  # quicker for networks as small as the tests', above all on a busy machine
 
 

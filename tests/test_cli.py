@@ -175,6 +175,16 @@ def test_arguments_that_are_no_utf_8_are_one_line() -> None:
     assert result.stderr.startswith(b"Error: prompt: ")
 
 
+def test_kernels_for_a_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULGURITE_DEVICE", "cpu")
+    monkeypatch.setenv("FULGURITE_TRITON_KERNELS", "true")
+    for command in (["generate", "a red fox"], ["serve", "--port", "0"], ["bench"]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "FULGURITE_TRITON_KERNELS" in result.stderr
+        assert "'cpu'" in result.stderr
+
+
 @needs_weights
 def test_generate_with_the_embedded_model() -> None:
     for name in ("a.png", "b.png"):

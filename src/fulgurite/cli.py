@@ -89,7 +89,7 @@ def generate(
 
     from fulgurite import Request
     from fulgurite.cards import card
-    from fulgurite.engine import Loader, usable_device
+    from fulgurite.engine import Loader, usable_device, usable_kernels
     from fulgurite.pipeline import plan
     from fulgurite.settings import read_settings
 
@@ -100,7 +100,8 @@ def generate(
     first = checked(given)
     checked(given | {"seed": first.seed + count - 1})
     plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded
-    pipeline = Loader(usable_device(settings.device))(model, steps)
+    device = usable_device(settings.device)
+    pipeline = Loader(device, triton_kernels=usable_kernels(settings.triton_kernels, device))(model, steps)
     for i, file in enumerate(files):
         request = Request(**first.model_dump() | {"seed": first.seed + i})
         save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)

@@ -39,14 +39,16 @@ def bench(
         peak_memory,
     )
     from fulgurite.cards import card
-    from fulgurite.engine import Loader, usable_device
+    from fulgurite.engine import Loader, usable_device, usable_kernels
     from fulgurite.pipeline import plan
     from fulgurite.settings import read_settings
 
     if size is None and (shapes := card(model).native_shapes):
         given["width"], given["height"] = shapes[0]
     request = Request(**checked(given).model_dump())
-    pipeline = Loader(usable_device(read_settings().device))(model, steps)
+    settings = read_settings()
+    device = usable_device(settings.device)
+    pipeline = Loader(device, triton_kernels=usable_kernels(settings.triton_kernels, device))(model, steps)
     draw_in_parts(pipeline, request)
     found = [draw_in_parts(pipeline, request)[1] for _ in range(rounds)]
     ceiling, to = matrix_ceiling(pipeline.device, pipeline.dtype), plan(pipeline.card, request)

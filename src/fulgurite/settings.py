@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
     hang_seconds: float = Field(600, gt=0)  # that one step may take before the device is taken for dead
     exact: bool = True  # a picture is the same to the bit whoever shares its batch; docs/engine.md: what that costs
+    triton_kernels: bool = False  # hand-written ones, on a GPU; no GPU has measured them yet
     unet_gb: float | None = Field(None, gt=0)  # that UNets may fill before one goes; None: half the device's memory
     max_body_bytes: int = Field(1 << 20, ge=1 << 10)
     webhook_secret: SecretStr | None = None  # of which keys' own are made; None: one is made, under home

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -25,6 +26,13 @@ def usable_device(name: str) -> str:
     return device
 
 
+def usable_kernels(wanted: bool, device: str) -> bool:
+    """Whether networks are to run on Triton's kernels: if that is wanted. Raises FulguriteError where they cannot."""
+    if wanted and not (device.startswith("cuda") and find_spec("triton")):
+        raise FulguriteError(f"FULGURITE_TRITON_KERNELS: they need an NVIDIA GPU and Triton; the device is {device!r}.")
+    return wanted
+
+
 def checkpoint(of_model: Card, steps: int) -> int:
     """The schedule whose checkpoint draws ``steps``; 0 where one checkpoint draws any number."""
     return of_model.steps_for(steps) if of_model.schedules else 0
@@ -39,8 +47,9 @@ class Loader:
     that a checkpoint that went comes back by a few small products, the same to the bit.
     """
 
-    def __init__(self, device: str, most_bytes: int | None = None) -> None:
+    def __init__(self, device: str, most_bytes: int | None = None, *, triton_kernels: bool = False) -> None:
         self.device, self.dtype = device, usual_dtype(device)
+        self._triton_kernels = triton_kernels
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
         self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
         self._seconds: dict[str, float] = {}  # that a model's checkpoint last took
@@ -54,7 +63,13 @@ class Loader:
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
             while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
-            self._loaded[name] = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
+            pipeline = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
+            if self._triton_kernels:
+                from fulgurite.kernels import cuda  # here: it imports Triton, which not every machine has
+
+                for network in (pipeline.networks.unet, pipeline.networks.vae):
+                    cuda.accelerate(network)
+            self._loaded[name] = pipeline
             self._make_room_for_base()
             self._seconds[model] = time.monotonic() - started
         self._loaded.move_to_end(name)
