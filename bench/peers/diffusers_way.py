@@ -64,8 +64,16 @@ def pipeline(work: Work, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 class DiffusersWay:
     """As its users run it; ``channels_last`` and ``compiled`` as its guides to speed say."""
 
-    def __init__(self, work: Work, dtype: torch.dtype, *, channels_last: bool = False, compiled: bool = False) -> None:
-        self.work, self.dtype, self.pipe = work, dtype, pipeline(work, dtype)
+    def __init__(
+        self,
+        work: Work,
+        dtype: torch.dtype,
+        *,
+        device: str = "cpu",
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.work, self.dtype, self.device, self.pipe = work, dtype, device, pipeline(work, dtype).to(device)
         if channels_last:
             self.pipe.unet.to(memory_format=torch.channels_last)
             self.pipe.vae.to(memory_format=torch.channels_last)
@@ -77,7 +85,7 @@ class DiffusersWay:
     @torch.no_grad()
     def draw(self) -> tuple[Image.Image, dict[str, float]]:
         request, pipe, to = self.work.request, self.pipe, plan(self.work.card, self.work.request)
-        laps = Laps()
+        laps = Laps(self.device)
         states, _, pooled, _ = pipe.encode_prompt(request.prompt, do_classifier_free_guidance=False)
         laps.lap("text")
         latents = pipe(
@@ -87,7 +95,7 @@ class DiffusersWay:
             height=request.height,
             num_inference_steps=to.steps,
             guidance_scale=0.0,
-            latents=starting_noise(request.seed, to.latent_shape, 1.0)[None].to(self.dtype),
+            latents=starting_noise(request.seed, to.latent_shape, 1.0)[None].to(self.device, self.dtype),
             output_type="latent",
         ).images
         laps.lap("step", to.steps)

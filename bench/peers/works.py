@@ -33,13 +33,14 @@ def real_weights(work: Work, dtype: torch.dtype) -> Networks:
     return load_networks(work.card, work.request.num_steps, "cpu", dtype)
 
 
-def random_weights(work: Work, dtype: torch.dtype) -> Networks:
+def random_weights(work: Work, dtype: torch.dtype, device: str = "cpu") -> Networks:
     """Networks as they are before training, drawn in bfloat16 so that every precision has the same weights."""
 
     def drawn(build: Callable[[], nn.Module]) -> nn.Module:
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return build().to(dtype).eval().requires_grad_(False)
+            with torch.device(device):
+                return build().to(dtype).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(torch.float32)
 

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fulgurite.cards import Card
 from fulgurite.models import VAE, CLIPTextEncoder, UNet
-from fulgurite.picture_file import png_bytes
 from fulgurite.pipeline import Picture, Pipeline, Plan, Request, smallest_batch
 
 PARTS = ("text", "step", "decode", "to host", "encode")  # of a picture; a step is one of several
@@ -45,6 +44,8 @@ def draw_in_parts(pipeline: Pipeline, request: Request) -> tuple[Picture, dict[s
 
     Returns the picture, and the seconds of each of PARTS and of PICTURE.
     """
+    from fulgurite.picture_file import png_bytes  # here: all the rest measures without a PNG library too
+
     laps = Laps(pipeline.device)
     row = pipeline.start(request, pipeline.encode)
     laps.lap("text")
