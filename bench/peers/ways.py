@@ -1,7 +1,9 @@
 """The ways of drawing a picture that are compared. Only a way's own process imports what it needs."""
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -19,10 +21,12 @@ class Way(Protocol):
 
 
 class Ours:
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, **changes: Any) -> None:
+        """With ``changes`` to the work's request."""
         dtype = usual_dtype("cpu")
-        self._pipeline, self._request = Pipeline(work.card, work.networks(dtype), "cpu", dtype), work.request
+        self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
         self._pipeline.accelerate()
+        self._request = replace(work.request, **changes)
 
     def draw(self) -> tuple[Image.Image, dict[str, float]]:
         picture, seconds = draw_in_parts(self._pipeline, self._request)
@@ -46,6 +50,7 @@ def openvino(work: Work) -> Way:
 
 WAYS: dict[str, Callable[[Work], Way]] = {
     "ours": Ours,
+    "ours, fast decoder": partial(Ours, decoder="fast"),
     "diffusers float32": diffusers(torch.float32),
     "diffusers bfloat16": diffusers(torch.bfloat16, channels_last=True),
     "diffusers compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),

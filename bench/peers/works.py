@@ -10,7 +10,7 @@ from torch import nn
 
 from fulgurite import Request
 from fulgurite.cards import Card, card
-from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, Tokenizer, UNet
 from fulgurite.weights import Networks, load_networks
 
 PROMPT, SEED = "futuristic spacecraft", 12345
@@ -53,6 +53,7 @@ def random_weights(work: Work, dtype: torch.dtype, device: str = "cpu") -> Netwo
         unet=drawn(lambda: UNet(work.card.unet)),
         vae=drawn(lambda: VAE(work.card.vae)),
         prediction=work.card.prediction,
+        fast_decoder=drawn(lambda: TinyDecoder(tiny)) if (tiny := work.card.fast_decoder) else None,
     )
 
 
