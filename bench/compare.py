@@ -40,6 +40,8 @@ from peers.works import WORKS, Work
 
 Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
+LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
+FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
 
 
 def serve(way: str, work: str, options: dict[str, int], connection: Connection) -> None:
@@ -104,6 +106,12 @@ class Process:
             values = [each[part] for each in self.rounds]
             spread[part] = [statistics.median(values), min(values), max(values)]
         return {"seconds": spread, "rounds": len(self.rounds), "first": self.first, "peak_memory": self.memory}
+
+
+def suiting(name: str, work: Work) -> list[str]:
+    """The ways that can draw a work beside another way on a machine of 24 GB."""
+    ways = [way for way in WAYS if not (way == LARGE and name.startswith("sdxl"))]
+    return ways if work.card.fast_decoder else [way for way in ways if "fast-decoder" not in way]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -183,7 +191,7 @@ def main() -> None:
     arguments.add_argument(
         "--works", nargs="+", choices=WORKS, default=["spark"], metavar="WORK", help=", ".join(WORKS)
     )
-    arguments.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    arguments.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=", ".join(WAYS) + FITTING)
     arguments.add_argument(
         "--reference", choices=WAYS, default="ours", metavar="WAY", help="whom the others are beside"
     )
@@ -193,11 +201,12 @@ def main() -> None:
     arguments.add_argument("--patience", type=float, default=1800, help="seconds for one picture, or for getting ready")
     given = arguments.parse_args()
     options = {"steps": given.steps} if given.steps else {}
-    ways = [way for way in given.ways if way != given.reference]
     results: list[dict] = []
     try:
         for name in given.works:
-            results.append(compare(name, WORKS[name](**options), options, ways, given))
+            work = WORKS[name](**options)
+            ways = [way for way in given.ways or suiting(name, work) if way != given.reference]
+            results.append(compare(name, work, options, ways, given))
     finally:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         print(json.dumps({"machine": machine | {"torch": torch.__version__}, "works": results}))

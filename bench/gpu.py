@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -123,12 +123,14 @@ class Bench:
         self.cuda = device == "cuda"
         self.batches, self.steps = (BATCHES, STEPS) if self.cuda else ((1, 2), (1, 2))
 
-    def time(self, name: str, call: Callable[[], object], part: str = "", batch: int = 1) -> float:
+    def time(
+        self, name: str, call: Callable[[], object], part: str = "", batch: int = 1, repeats: int | None = None
+    ) -> float:
         """The median seconds of a call, as a row; of a ``part`` with the share of the ceiling that it reaches."""
         for _ in range(2 if self.cuda else 0):
             call()
         times = []
-        for _ in range(self.repeats):
+        for _ in range(repeats or self.repeats):
             laps = Laps(self.device)
             call()
             laps.lap(name)
@@ -207,8 +209,8 @@ class Bench:
         self.needs_cuda()
         inputs = self.inputs()
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            with self.report.stage(f"step, {backend.name}"), sdpa_kernel(backend):
-                self.time(f"step, {backend.name}", lambda: self.networks.unet(*inputs), "step")
+            with self.report.stage(f"step, Triton, {backend.name}"), sdpa_kernel(backend):
+                self.time(f"step, Triton, {backend.name}", lambda: self.networks.unet(*inputs), "step")
 
     def triton(self) -> None:
         """From here on the networks are on the kernels."""
@@ -239,13 +241,13 @@ class Bench:
             self.time(f"step, graph, batch {batch}", lambda: step(*inputs), "step", batch)  # noqa: B023
             self.time(f"decode, graph, batch {batch}", lambda: decode(inputs[0]), "decode", batch)  # noqa: B023
 
-    def pictures(self, name: str, unet: Callable[..., Any] | None = None) -> None:
-        """Prompt to pixels on the host, by the pipeline's own stages, of every batch and number of steps."""
-        for steps in self.steps:
-            for batch in self.batches:
+    def pictures(self, name: str, *, graphs: bool, batches: Sequence[int], all_steps: Sequence[int]) -> None:
+        """Prompt to pixels on the host, by the pipeline's own stages, of each batch and number of steps."""
+        for steps in all_steps:
+            for batch in batches:
                 request = replace(self.work.request, num_steps=steps)
-                captured = Captured(self.networks.unet) if unet is None and self.cuda else unet
-                self.pipeline.networks = replace(self.networks, unet=captured or self.networks.unet)
+                unet = Captured(self.networks.unet) if graphs and self.cuda else self.networks.unet
+                self.pipeline.networks = replace(self.networks, unet=unet)
 
                 def draw(request: Request = request, batch: int = batch) -> None:
                     rows = [self.pipeline.start(request, self.pipeline.encode) for _ in range(batch)]
@@ -256,7 +258,7 @@ class Bench:
                         self.pipeline.finish(row)
 
                 full = f"{name}, batch {batch}, {steps} step{'s' if steps > 1 else ''}"
-                seconds = self.time(full, draw)
+                seconds = self.time(full, draw, repeats=min(self.repeats, 3))
                 self.report.row(f"{full}, throughput", pictures_a_second=batch / seconds)
         self.pipeline.networks = self.networks
 
@@ -286,11 +288,12 @@ class Bench:
             seconds = self.time(f"{count} pictures, 4 steps, {name}", call)
             self.report.row(f"{name}, throughput", pictures_a_second=count / seconds)
 
-    def compiled(self) -> None:
+    def compiled(self, *modes: str) -> None:
         """By torch's compiler, on fresh plain networks: it fuses what the kernels do by itself."""
+        self.needs_cuda()
         networks = random_weights(self.work, self.dtype, self.device)
         vae, inputs = networks.vae.to(memory_format=torch.channels_last), self.inputs()
-        for mode in ("default", "max-autotune-no-cudagraphs", "reduce-overhead") if self.cuda else ("default",):
+        for mode in modes:
             with self.report.stage(f"compiled, {mode}"):
                 torch.compiler.reset()
                 started = time.perf_counter()
@@ -364,14 +367,18 @@ def main() -> None:
         stages = [
             ("the kernels' own check", bench.kernels_are_right),
             ("eager", bench.eager),
-            ("pictures, eager", lambda: bench.pictures("eager", bench.networks.unet)),
+            ("pictures, eager", lambda: bench.pictures("eager", graphs=False, batches=[1], all_steps=[1, 4])),
             ("Triton kernels", bench.triton),
             ("graphs", bench.graphs),
-            ("pictures, graphs", lambda: bench.pictures("Triton and graphs")),
+            (
+                "pictures, graphs",
+                lambda: bench.pictures("Triton and graphs", graphs=True, batches=bench.batches, all_steps=bench.steps),
+            ),
             ("overlap", bench.overlap),
             ("attention", bench.attention),
-            ("compiled", bench.compiled),
+            ("compiled", lambda: bench.compiled("default", "reduce-overhead")),
             ("diffusers", bench.diffusers),
+            ("compiled by trying out", lambda: bench.compiled("max-autotune-no-cudagraphs")),  # minutes of it: last
         ]
         for name, stage in stages:
             with report.stage(name):

@@ -50,9 +50,9 @@ def openvino(work: Work) -> Way:
 
 WAYS: dict[str, Callable[[Work], Way]] = {
     "ours": Ours,
-    "ours, fast decoder": partial(Ours, decoder="fast"),
-    "diffusers float32": diffusers(torch.float32),
-    "diffusers bfloat16": diffusers(torch.bfloat16, channels_last=True),
-    "diffusers compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),
+    "ours-fast-decoder": partial(Ours, decoder="fast"),
+    "diffusers-float32": diffusers(torch.float32),
+    "diffusers-bfloat16": diffusers(torch.bfloat16, channels_last=True),
+    "diffusers-compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),
     "openvino": openvino,
 }
