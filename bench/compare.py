@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -202,6 +203,7 @@ def main() -> None:
     given = arguments.parse_args()
     options = {"steps": given.steps} if given.steps else {}
     results: list[dict] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # so that what was found by then is still printed
     try:
         for name in given.works:
             work = WORKS[name](**options)
