@@ -4,6 +4,7 @@ import asyncio
 import resource
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -63,7 +64,8 @@ def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tup
     """
     # A connection is a file, of which systems often allow a thousand unless asked.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(OSError, ValueError):  # macOS says that there is no bound, and takes no such number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     config = uvicorn.Config(
         app,
         host,
