@@ -23,7 +23,7 @@ from fulgurite.cli import app
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
 from fulgurite.training.latents import LatentSet
-from fulgurite.training.loop import Stage, learning_rate, save_network
+from fulgurite.training.loop import Run, Stage, TimeIsUpError, learning_rate, save_network
 from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
@@ -277,6 +277,23 @@ def test_the_train_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytes
     npm.unlink()
     missing = CliRunner().invoke(app, ["train", "recipe", str(tmp_path)])
     assert (missing.exit_code, "npm, which is not installed" in missing.output) == (1, True)
+
+
+def test_a_run_whose_minutes_are_over_says_so_to_people_and_to_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("resvg_py")
+    (tmp_path / "npm").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def stops(work: Path, model: Path, out: Path, preset: object, run: Run) -> None:
+        assert (run.device, run.over()) == ("cpu", False)
+        raise TimeIsUpError("The time is up, at step 7 of 9 of the stage 4.")
+
+    monkeypatch.setattr("fulgurite.training.recipe.distil_from", stops)
+    stopped = CliRunner().invoke(app, ["train", "distil", str(tmp_path), "--minutes", "10"])
+    assert stopped.exit_code == 3
+    assert "at step 7 of 9 of the stage 4. The same command goes on there." in stopped.output
 
 
 def test_the_teacher_learns_pictures_by_their_words(sprites: Sprites, tmp_path: Path) -> None:

@@ -66,13 +66,16 @@ def recipe(
 ) -> None:
     """Trains the small model from nothing, distils and evaluates it, by the recipe of the one inside the package."""
     amounts = checked(preset)
+    from accelerate import PartialState
+
     from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_in
     from fulgurite.training.recipe import train as run_stages
 
     with timed(amounts.device, minutes) as run:
         run_stages(work, out, amounts, run)
-        students = students_in(out.with_name(f"{out.name}-lightning"), out / UNET_FILE)
-        evaluate_in(work, out, students, amounts, prompts, run)
+        if PartialState().is_main_process:
+            students = students_in(out.with_name(f"{out.name}-lightning"), out / UNET_FILE)
+            evaluate_in(work, out, students, amounts, prompts, run)
 
 
 @train.command()

@@ -111,9 +111,10 @@ class Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.steps, self.peak) * group.get("share", 1.0)
         sum(losses.values()).backward()  # type: ignore[union-attr]
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad = reduce(parameter.grad, "mean")
+        if self.processes.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad = reduce(parameter.grad, "mean")
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
