@@ -121,8 +121,10 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def compare(name: str, work: Work, options: dict[str, int], ways: list[str], given: argparse.Namespace) -> dict:
-    """One work's results, printed as they come."""
+def compare(
+    name: str, work: Work, options: dict[str, int], ways: list[str], given: argparse.Namespace, results: list[dict]
+) -> None:
+    """Adds one work's results to ``results``, and prints them as they come."""
     to = plan(work.card, work.request)
     flops = flop_counts(work.card, to)
     flops[PICTURE] = flops["text"] + to.steps * flops["step"] + flops["decode"]
@@ -131,6 +133,7 @@ def compare(name: str, work: Work, options: dict[str, int], ways: list[str], giv
     ours = Process(given.reference, name, options, given.patience)
     ceilings, rows, failed = [], {}, {}
     result = {"work": name, "size": size, "steps": to.steps, "flop": flops, "ways": rows, "failed": failed}
+    results.append(result)
     print(f"{'':20}" + "".join(f"{column:>9}" for column in COLUMNS) + "   times as long as " + ours.way, flush=True)
     try:
         for way in ways:
@@ -160,7 +163,6 @@ def compare(name: str, work: Work, options: dict[str, int], ways: list[str], giv
         rows[ours.way] = ours.summary()
         result["ceiling"] = statistics.median(ceilings) if ceilings else None
         print_table(result, given)
-    return result
 
 
 def print_table(result: dict, given: argparse.Namespace) -> None:
@@ -208,7 +210,7 @@ def main() -> None:
         for name in given.works:
             work = WORKS[name](**options)
             ways = [way for way in given.ways or suiting(name, work) if way != given.reference]
-            results.append(compare(name, work, options, ways, given))
+            compare(name, work, options, ways, given, results)
     finally:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         print(json.dumps({"machine": machine | {"torch": torch.__version__}, "works": results}))
