@@ -56,6 +56,17 @@ def test_the_same_seed_gives_the_same_file() -> None:
 
 
 @pytest.mark.usefixtures("with_tiny")
+def test_the_fast_decoder_is_used_when_asked_for() -> None:
+    run("generate", "a red fox", "-o", "full.png", "--steps", "1", "--seed", "7")
+    result = run("generate", "a red fox", "-o", "fast.png", "--steps", "1", "--seed", "7", "--decoder", "fast")
+    assert "fast decoder" in result.stderr
+    assert "Decoder: full," in metadata("full.png")
+    assert "Decoder: fast," in metadata("fast.png")
+    with Image.open("full.png") as full, Image.open("fast.png") as fast:
+        assert full.tobytes() != fast.tobytes()
+
+
+@pytest.mark.usefixtures("with_tiny")
 def test_several_pictures_count_their_seeds_up() -> None:
     result = run("generate", "a red fox", "-o", "fox.png", "--steps", "1", "--seed", "7", "-n", "3")
     assert result.stdout == "fox-1.png\nfox-2.png\nfox-3.png\n"
@@ -83,6 +94,7 @@ def test_another_size_is_said() -> None:
         (["fox", "--size", "512x" + "9" * 5000], "--size: "),
         (["fox", "--steps", "0"], "--steps: "),
         (["fox", "--steps", "21"], "--steps: "),
+        (["fox", "--decoder", "quick"], "--decoder: "),
         (["fox", "--guidance", "nan"], "--guidance: "),
         (["fox", "--guidance", "-1"], "--guidance: "),
         (["fox", "--seed", "-1"], "--seed: "),

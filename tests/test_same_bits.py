@@ -45,6 +45,7 @@ def requests(most_steps: int, widths: Sequence[int]) -> st.SearchStrategy[Reques
         height=st.just(256),
         guidance=st.sampled_from((0.0, 7.5, 7.5, 9.0)),
         seed=st.integers(0, 2**64 - 1),
+        decoder=st.sampled_from(("full", "fast")),
     )
 
 

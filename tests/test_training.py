@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 from fulgurite.cards import card
 from fulgurite.cli import app
-from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoderConfig, Tokenizer, UNet, VAEConfig
 from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
+from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, Stage, TimeIsUpError, learning_rate, save_network
 from fulgurite.training.recipe import write_tokenizer
@@ -311,6 +312,24 @@ def test_the_teacher_learns_pictures_by_their_words(sprites: Sprites, tmp_path: 
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [50, 100, 150]
     assert log[2]["v"] < 0.8 * log[0]["v"]
+
+
+def test_a_fast_decoder_learns_what_the_full_one_says_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5)).eval()
+    config = TinyDecoderConfig(block_out_channels=(16, 16, 16), num_blocks=(1, 1, 0))
+    plain = np.random.default_rng(0).standard_normal((6, 4, 1, 1)).astype(np.float16)
+    latents = np.broadcast_to(plain, (6, 4, 4, 4)).copy()
+    train_fast_decoder(latents, vae, config, tmp_path, steps=150)
+    learned = train_fast_decoder(latents, vae, config, tmp_path, steps=400)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(50, 401, 50))
+    assert log[-1]["squared"] < 0.2 * log[0]["squared"]
+    with torch.inference_mode():
+        x = torch.from_numpy(latents).float()
+        wanted = vae.decode(x / 0.5).clamp(-1, 1)
+        error = (learned(x) - wanted).square().mean()
+    assert error < 0.5 * (wanted - wanted.mean()).square().mean()
 
 
 def test_a_teacher_starts_silent() -> None:

@@ -264,7 +264,14 @@ class Pipeline:
     def preview(self, row: Row) -> Preview:
         """The picture as a row's last step saw it; drawn when it is called."""
         assert row.denoised is not None
-        return partial(preview, row.denoised, self.card.preview_rgb)
+        return partial(self._preview, row.denoised)
+
+    @torch.inference_mode()
+    def _preview(self, latent: Tensor) -> Image.Image | None:
+        """A clean latent ``[C, h, w]`` as a small picture: by the fast decoder, else by the card's linear map."""
+        if self.networks.fast_decoder:
+            return reduced(to_image(self._decoded(latent[None], "fast")[0]))
+        return linear_preview(latent, self.card.preview_rgb)
 
     @torch.inference_mode()
     def agrees(self, latent_size: tuple[int, int], parts: Sequence[int]) -> bool:
@@ -376,13 +383,17 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def preview(latent: Tensor, rgb: tuple[tuple[float, ...], ...]) -> Image.Image | None:
-    """A clean latent ``[C, h, w]`` as a small picture, by the card's linear map instead of the VAE."""
+def linear_preview(latent: Tensor, rgb: tuple[tuple[float, ...], ...]) -> Image.Image | None:
+    """A clean latent ``[C, h, w]`` as a small picture, by the card's linear map instead of a decoder."""
     if not rgb:
         return None
     weights = torch.tensor(rgb)
     pixels = torch.einsum("chw,cd->dhw", latent.float().cpu(), weights[:-1]) + weights[-1][:, None, None]
-    image = to_image(pixels)
+    return reduced(to_image(pixels))
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """The picture at a preview's size."""
     scale = PREVIEW_SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)

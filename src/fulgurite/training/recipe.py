@@ -1,4 +1,4 @@
-"""The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, students of few steps."""
+"""The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, fast decoder, students."""
 
 import json
 import random
@@ -16,6 +16,7 @@ from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END
 from fulgurite.training.distil import Distillation, Ground, distil, student_file
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
+from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
@@ -31,6 +32,7 @@ from fulgurite.weights.load import load_folder, locate
 
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
 READER_STEPS = 500  # of the judge that evaluates
 
 
@@ -47,17 +49,18 @@ class Preset:
     teacher_steps: int
     batch: int
     decoder_steps: int
+    fast_decoder_steps: int
     distillations: tuple[Distillation, ...]
 
 
 PRESETS = {
     "cpu": Preset(
         "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=1500, teacher_steps=5000, batch=32,
-        decoder_steps=1500, distillations=QUICK,
+        decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
-        decoder_steps=10_000, distillations=PAPER,
+        decoder_steps=10_000, fast_decoder_steps=50_000, distillations=PAPER,
     ),
 }  # fmt: skip
 
@@ -118,6 +121,23 @@ def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) ->
         of_model, model / UNET_FILE, networks.tokenizers, encoders, networks.vae, latents, preset.batch // 2, run
     )
     distil_all(work, out, preset, ground)
+
+
+def fast_decoder_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
+    """A fast decoder for a finished model in the folder ``model``."""
+    of_model = card(MODEL)
+    vae = load_folder(model, of_model, run.device, torch.float32).vae
+    latents = Data.built(work, preset).latents(vae, of_model.native_shapes[0], preset.scenes, work)
+    fast_decoder(work, vae, latents, out, preset, run)
+
+
+def fast_decoder(work: Path, vae: VAE, latents: LatentSet, out: Path, preset: Preset, run: Run) -> None:
+    """Trains the card's fast decoder, and writes it beside the model's other networks."""
+    config = card(MODEL).fast_decoder
+    assert config
+    decoder = train_fast_decoder(latents.latents, vae, config, work / "fast_decoder", preset.fast_decoder_steps, run)
+    if PartialState().is_main_process:
+        save_network(decoder, out / FAST_DECODER_FILE)
 
 
 def students_in(folder: Path, unet: Path) -> dict[int, Files]:
@@ -186,6 +206,7 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
         save_network(unet, out / UNET_FILE)
         # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
         save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
+    fast_decoder(work, vae, square, out, preset, run)
     PartialState().wait_for_everyone()
     tokenizers = tokenizer, tokenizer
     ground = Ground(of_model, out / UNET_FILE, tokenizers, encoders, vae, square, preset.batch // 2, run)
