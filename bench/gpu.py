@@ -243,10 +243,12 @@ class Bench:
 
     def pictures(self, name: str, *, graphs: bool, batches: Sequence[int], all_steps: Sequence[int]) -> None:
         """Prompt to pixels on the host, by the pipeline's own stages, of each batch and number of steps."""
+        if graphs:
+            self.needs_cuda()
         for steps in all_steps:
             for batch in batches:
                 request = replace(self.work.request, num_steps=steps)
-                unet = Captured(self.networks.unet) if graphs and self.cuda else self.networks.unet
+                unet = Captured(self.networks.unet) if graphs else self.networks.unet
                 self.pipeline.networks = replace(self.networks, unet=unet)
 
                 def draw(request: Request = request, batch: int = batch) -> None:
@@ -313,6 +315,8 @@ class Bench:
         work = replace(self.work, load=lambda work, dtype: networks, request=replace(self.work.request, num_steps=4))
         for name, options in (("eager", {}), ("compiled", {"channels_last": True, "compiled": True})):
             with self.report.stage(f"diffusers, {name}"):
+                if options:
+                    self.needs_cuda()
                 way = DiffusersWay(work, self.dtype, device=self.device, **options)
                 way.draw()
                 found = [way.draw()[1] for _ in range(self.repeats)]
