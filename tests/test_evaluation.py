@@ -97,12 +97,13 @@ def test_the_students_inside_are_those_that_the_card_serves() -> None:
     assert all(path.exists() for files in students_inside().values() for path in files.loras)
 
 
-@pytest.mark.parametrize("kind", ["background", "second thing"])
-def test_a_negative_prompt_names_what_its_prompt_asks_for(kind: str) -> None:
-    for asked in asked_for(THINGS, kind, 20):
-        assert asked.element in asked.prompt
+def test_a_negative_prompt_names_what_its_prompt_shows() -> None:
+    for asked in asked_for(THINGS, "background, named", 20):
         assert asked.captions[asked.right] == asked.prompt
-        assert sum(asked.element in text for text in asked.captions) == 1
+        assert [asked.element in text for text in asked.captions].index(True) == asked.right
+    for asked in asked_for(THINGS, "style, not named", 20):
+        assert asked.element not in asked.prompt
+        assert [asked.element in text for text in asked.captions] == [True, False]
 
 
 def test_negative_prompts_change_what_is_drawn_and_are_counted(
@@ -121,7 +122,7 @@ def test_negative_prompts_change_what_is_drawn_and_are_counted(
     ways = [Way("teacher", unet, (), 2, guided=True), Way("student", unet, (), 2, guided=False)]
     lines = negatives.negatives(judged, ways, 3).splitlines()[2:]
     assert [line.split(" | ")[:4] for line in lines] == [
-        [f"| {way}", kind, "100%", "0%"] for way in ("teacher", "student") for kind in ("background", "second thing")
+        [f"| {way}", kind, "100%", "0%"] for way in ("teacher", "student") for kind in negatives.KINDS
     ]
     without, with_it = shown[0::2], shown[1::2]
     assert all(not torch.equal(a, b) for a, b in zip(without, with_it, strict=True))

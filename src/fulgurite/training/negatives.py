@@ -1,4 +1,4 @@
-"""Whether negative prompts work: how often what a prompt asks for is still found where the negative prompt names it.
+"""Whether negative prompts work: how often what a prompt shows is still found where the negative prompt names it.
 
 Undistilled models are guided away from it by classifier-free guidance (arXiv 2207.12598), students by normalized
 attention guidance (arXiv 2505.21179), both as the pipeline does.
@@ -18,6 +18,8 @@ from fulgurite.training.reader import seen
 from fulgurite.training.scenes import COLOURS, with_article
 from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
+KINDS = "background, named", "style, not named"  # elements of prompts
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -30,21 +32,15 @@ class Asked:
 
 
 def asked_for(names: Sequence[str], kind: str, count: int) -> list[Asked]:
-    """Prompts with a background of some colour, or with a second thing beside the first."""
-    rng, found = random.Random(f"negative {kind}"), []
+    """Prompts that name the background's colour, or that name no style and so are drawn in the commonest."""
+    rng, colours, found = random.Random(f"negative {kind}"), [colour for colour in COLOURS if colour != "white"], []
     for _ in range(count):
-        first, *others = rng.sample(list(names), len(names))
-        subject = with_article(first, rng)
-        if kind == "background":
-            colours = [colour for colour in COLOURS if colour != "white"]  # which captions leave unsaid
-            right = rng.randrange(len(colours))
+        subject, right = with_article(rng.choice(list(names)), rng), rng.randrange(len(colours))
+        if kind == "background, named":
             captions = [f"{subject} on a {colour} background" for colour in colours]
-            element = f"{colours[right]} background"
+            found.append(Asked(captions[right], f"{colours[right]} background", (*captions, subject), right))
         else:
-            right = rng.randrange(len(others))
-            captions = [f"{subject} and a {other}" for other in others]
-            element = others[right]
-        found.append(Asked(captions[right], element, (*captions, subject), right))
+            found.append(Asked(subject, "3d", (f"{subject}, 3d", f"{subject}, flat"), 0))
     return found
 
 
@@ -88,7 +84,7 @@ def negatives(judged: Judged, ways: Sequence[Way], count: int) -> str:
         "|---|---|---|---|---|",
     ]
     for way in ways:
-        for kind in ("background", "second thing"):
+        for kind in KINDS:
             asked = asked_for(names, kind, count)
             (without, cost), (with_it, more) = (still_found(judged, way, asked, negative) for negative in (False, True))
             rows.append(f"| {way.name} | {kind} | {without:.0%} | {with_it:.0%} | {cost:.3f}, {more:.3f} |")
