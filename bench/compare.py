@@ -41,6 +41,7 @@ from peers.works import WORKS, Work
 
 Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
+INT8 = "ours-int8"  # the embedded model's layers are all too small for it
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
 
@@ -110,8 +111,9 @@ class Process:
 
 
 def suiting(name: str, work: Work) -> list[str]:
-    """The ways that can draw a work beside another way on a machine of 24 GB."""
-    ways = [way for way in WAYS if not (way == LARGE and name.startswith("sdxl"))]
+    """The ways that differ at a work, and can draw it beside another way on a machine of 24 GB."""
+    unsuited = LARGE if name.startswith("sdxl") else INT8
+    ways = [way for way in WAYS if way != unsuited]
     return ways if work.card.fast_decoder else [way for way in ways if "fast-decoder" not in way]
 
 

@@ -45,6 +45,8 @@ KEY = "the-key-of-these-tests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 HAS_WEIGHTS = any((Path(fulgurite.__file__).parent / "embedded" / "spark").rglob("*.safetensors"))
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded weights are not there")
+needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no instructions for int8")
+PRECISIONS = ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)]  # of a CPU
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there is nothing to compile its kernels for

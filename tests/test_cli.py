@@ -197,6 +197,17 @@ def test_kernels_for_a_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPat
         assert "'cpu'" in result.stderr
 
 
+def test_precisions_that_the_device_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULGURITE_DEVICE", "cpu")
+    for command in (["generate", "a red fox"], ["serve", "--port", "0"], ["bench"]):
+        result = run(*command, "--precision", "float16")
+        assert result.exit_code == 1
+        assert "FULGURITE_PRECISION: float16 needs a GPU" in result.stderr
+        result = run(*command, "--precision", "int4")
+        assert result.exit_code == 1
+        assert "--precision: Input should be 'auto', " in result.stderr
+
+
 @needs_weights
 def test_generate_with_the_embedded_model() -> None:
     for name in ("a.png", "b.png"):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import small_sdxl as small
 import torch
-from conftest import SPARK, needs_weights
+from conftest import PRECISIONS, SPARK, needs_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fulgurite import Pipeline, Request
 from fulgurite.cards import card
-from fulgurite.kernels import cpu
+from fulgurite.engine import Loader
+from fulgurite.kernels import cpu, int8
 from fulgurite.models import VAE, CLIPTextEncoder, UNet
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
 from fulgurite.weights import load_networks
@@ -160,18 +161,20 @@ REQUESTS = [
     Request(prompt, width=256, height=256, num_steps=4, seed=seed)
     for seed, prompt in enumerate(("a red rocket", "a cat on a green background", "pizza"))
 ]
-FLOORS = {torch.float32: 80.0, torch.bfloat16: 45.0}  # dB, of the worst picture against the plain networks in float32
+# dB, of the worst picture against the plain networks in float32. int8: with the small layers too.
+FLOORS = {"float32": 80.0, "bfloat16": 45.0, "int8": 42.0}
 
 
 @needs_weights
-@pytest.mark.parametrize("dtype", FLOORS, ids=str)
-def test_the_embedded_models_pictures_are_the_plain_networks(dtype):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_embedded_models_pictures_are_the_plain_networks(precision, monkeypatch):
     """Of both models, undistilled and distilled: after four steps and the decoder."""
+    monkeypatch.setattr(int8, "LEAST", 0)
     for model in (SPARK, "fulgurite/spark-lightning"):
         plain = Pipeline(card(model), load_networks(card(model), 4, "cpu", torch.float32))
-        fast = Pipeline.load(model, steps=4, dtype=dtype)
+        fast = Loader("cpu", precision=precision)(model, 4)
         worst = min(psnr(np.array(plain.draw(r).image), np.array(fast.draw(r).image)) for r in REQUESTS)
-        assert worst >= FLOORS[dtype]
+        assert worst >= FLOORS[precision]
 
 
 @needs_weights

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LIGHTNING, needs_weights
+from conftest import LIGHTNING, PRECISIONS, needs_weights
 
 from fulgurite import Pipeline
 from fulgurite.cards import card
 from fulgurite.engine import Loader, usable_device
 from fulgurite.engine.batches import Batches
 from fulgurite.engine.cache import PromptCache
-from fulgurite.engine.loading import unet_bytes
+from fulgurite.engine.loading import unet_bytes, usable_precision
 from fulgurite.errors import FulguriteError
 from fulgurite.models import UNet
+from fulgurite.pipeline import usual_dtype
 from fulgurite.weights import Networks, load
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
@@ -128,7 +129,7 @@ def test_a_lora_checkpoint_that_went_comes_back_without_reading_its_base(monkeyp
         return unmerged(path, *rest)
 
     monkeypatch.setattr(load, "unet_tensors", noted)
-    monkeypatch.setattr(Pipeline, "accelerate", lambda pipeline: None)  # after which weights cannot be looked at
+    monkeypatch.setattr(Pipeline, "accelerate", lambda pipeline, int8: None)  # after which weights cannot be looked at
     loader = Loader("cpu", most_bytes=1)  # nothing stays but what is in use
     before = weights_of(loader(SPARK_LIGHTNING, 4).networks.unet)
     other = weights_of(loader(SPARK_LIGHTNING, 1).networks.unet)
@@ -151,3 +152,24 @@ def weights_of(unet: UNet) -> torch.Tensor:
 def test_a_device_that_is_not_there_is_an_error_that_names_it() -> None:
     with pytest.raises(FulguriteError, match="FULGURITE_DEVICE: cannot compute on 'abacus' here"):
         usable_device("abacus")
+
+
+@needs_weights
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None:
+    loader = Loader("cpu", precision=precision)
+    assert loader.precision == precision
+    weight = loader(SPARK_LIGHTNING, 4).networks.unet.conv_norm_out.weight
+    assert weight.dtype == (usual_dtype("cpu") if precision == "int8" else getattr(torch, precision))
+
+
+@pytest.mark.parametrize(("precision", "device"), [("int8", "cuda"), ("int8", "mps"), ("float16", "cpu")])
+def test_a_precision_that_the_device_lacks_is_an_error_that_names_both(precision: str, device: str) -> None:
+    with pytest.raises(FulguriteError, match=f"FULGURITE_PRECISION: {precision} needs a .PU"):
+        usable_precision(precision, device)
+
+
+def test_a_processor_without_instructions_for_int8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(FulguriteError, match="int8 needs a CPU with AVX-512 VNNI, and this one has none"):
+        usable_precision("int8", "cpu")

@@ -21,11 +21,11 @@ class Way(Protocol):
 
 
 class Ours:
-    def __init__(self, work: Work, **changes: Any) -> None:
-        """With ``changes`` to the work's request."""
+    def __init__(self, work: Work, int8: bool = False, **changes: Any) -> None:
+        """With ``changes`` to the work's request; ``int8``: the UNet's large linear layers in 8 bits."""
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
-        self._pipeline.accelerate()
+        self._pipeline.accelerate(int8)
         self._request = replace(work.request, **changes)
 
     def draw(self) -> tuple[Image.Image, dict[str, float]]:
@@ -50,6 +50,7 @@ def openvino(work: Work) -> Way:
 
 WAYS: dict[str, Callable[[Work], Way]] = {
     "ours": Ours,
+    "ours-int8": partial(Ours, int8=True),
     "ours-fast-decoder": partial(Ours, decoder="fast"),
     "diffusers-float32": diffusers(torch.float32),
     "diffusers-bfloat16": diffusers(torch.bfloat16, channels_last=True),

@@ -75,6 +75,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     guidance: Annotated[float, typer.Option(help="Higher follows the prompt more closely, 0 to 30.")] = 7.5,
     decoder: Annotated[str, typer.Option(help="full, or fast where the model has one: quicker, less exact.")] = "full",
+    precision: Annotated[str | None, typer.Option(help="Of this machine's numbers, as for `fulgurite serve`.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many pictures, with seeds counting up.")] = 1,
 ) -> None:
     """Draws a picture into a file."""
@@ -89,19 +90,18 @@ def generate(
 
     from fulgurite import Request
     from fulgurite.cards import card
-    from fulgurite.engine import Loader, usable_device, usable_kernels
+    from fulgurite.engine import Loader
     from fulgurite.pipeline import plan
     from fulgurite.settings import read_settings
 
-    settings = read_settings()
+    settings = read_settings(precision=precision)
     shapes = card(model).native_shapes
     if size is None and shapes:
         given["width"], given["height"] = shapes[0]
     first = checked(given)
     checked(given | {"seed": first.seed + count - 1})
     plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded
-    device = usable_device(settings.device)
-    pipeline = Loader(device, triton_kernels=usable_kernels(settings.triton_kernels, device))(model, steps)
+    pipeline = Loader.from_settings(settings)(model, steps)
     for i, file in enumerate(files):
         request = Request(**first.model_dump() | {"seed": first.seed + i})
         save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)

@@ -12,6 +12,7 @@ def bench(
     model: Annotated[str, typer.Option(help="The model's id.")] = "fulgurite/spark-lightning",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, 256 to 2048 each; else the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="The most steps to spend, 1 to 20.")] = 4,
+    precision: Annotated[str | None, typer.Option(help="Of this machine's numbers, as for `fulgurite serve`.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed, after one that is not.")] = 7,
     price: Annotated[float | None, typer.Option(min=0, help="What this machine costs an hour, in dollars.")] = None,
 ) -> None:
@@ -39,16 +40,15 @@ def bench(
         peak_memory,
     )
     from fulgurite.cards import card
-    from fulgurite.engine import Loader, usable_device, usable_kernels
+    from fulgurite.engine import Loader
     from fulgurite.pipeline import plan
     from fulgurite.settings import read_settings
 
     if size is None and (shapes := card(model).native_shapes):
         given["width"], given["height"] = shapes[0]
     request = Request(**checked(given).model_dump())
-    settings = read_settings()
-    device = usable_device(settings.device)
-    pipeline = Loader(device, triton_kernels=usable_kernels(settings.triton_kernels, device))(model, steps)
+    loader = Loader.from_settings(read_settings(precision=precision))
+    pipeline = loader(model, steps)
     draw_in_parts(pipeline, request)
     found = [draw_in_parts(pipeline, request)[1] for _ in range(rounds)]
     ceiling, to = matrix_ceiling(pipeline.device, pipeline.dtype), plan(pipeline.card, request)
@@ -68,7 +68,7 @@ def bench(
         rows.append(row)
         table.add_row(*shown)
     width, height = to.drawn_size
-    kind, memory = str(pipeline.dtype).removeprefix("torch."), peak_memory(pipeline.device)
+    kind, memory = loader.precision, peak_memory(pipeline.device)
     console = Console()
     console.print(f"{model}, {width}x{height}, {to.steps} steps, {kind} on {pipeline.device}, medians of {rounds}")
     console.print(table)
@@ -77,7 +77,7 @@ def bench(
         "model": model,
         "size": [width, height],
         "steps": to.steps,
-        "dtype": kind,
+        "precision": kind,
         "device": str(pipeline.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -28,6 +28,9 @@ def serve(
         bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 (GPU), int8 (CPU: quicker, less exact); else auto.")
+    ] = None,
     triton_kernels: Annotated[
         bool | None, typer.Option("--triton-kernels", help="Hand-written kernels on a GPU; not yet measured on any.")
     ] = None,
@@ -94,13 +97,12 @@ def admit(settings: "Settings", ledger: "Ledger") -> None:
 
 
 def engine_for(settings: "Settings") -> "Engine":
-    from fulgurite.engine import Engine, Loader, Runner, usable_device, usable_kernels
+    from fulgurite.engine import Engine, Loader, Runner
 
-    device = usable_device(settings.device)
-    triton_kernels = usable_kernels(settings.triton_kernels, device)
-    unet_bytes = int(settings.unet_gb * 1e9) if settings.unet_gb else None
+    loader = Loader.from_settings(settings)  # once here, so that what this machine cannot do is told at once
+    say(f"Pictures are drawn in {loader.precision}, device {loader.device}.")
 
     def runner() -> Any:
-        return Runner(Loader(device, unet_bytes, triton_kernels=triton_kernels), exact=settings.exact)
+        return Runner(Loader.from_settings(settings), exact=settings.exact)
 
     return Engine(runner, settings.queue_size, settings.deadline_seconds, settings.hang_seconds)

@@ -3,7 +3,7 @@
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_config_path, user_data_path
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     fast_decoder: Annotated[tuple[str, ...], NoDecode] = ()  # ids whose fast decoder is used unless a request says not
     demo: bool = False  # the embedded model answers for SDXL-Lightning
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # docs/engine.md
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
     hang_seconds: float = Field(600, gt=0)  # that one step may take before the device is taken for dead

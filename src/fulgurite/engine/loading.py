@@ -13,6 +13,7 @@ from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
+from fulgurite.settings import Settings
 
 
 def usable_device(name: str) -> str:
@@ -33,6 +34,16 @@ def usable_kernels(wanted: bool, device: str) -> bool:
     return wanted
 
 
+def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
+    """The numbers that a setting names, and whether large linear layers are in int8. Raises FulguriteError."""
+    if name == "int8" and not (device == "cpu" and torch.cpu._is_vnni_supported()):
+        found = "this one has none" if device == "cpu" else f"the device is {device!r}"
+        raise FulguriteError(f"FULGURITE_PRECISION: int8 needs a CPU with AVX-512 VNNI, and {found}.")
+    if name == "float16" and device == "cpu":
+        raise FulguriteError("FULGURITE_PRECISION: float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
+    return usual_dtype(device) if name in ("auto", "int8") else getattr(torch, name), name == "int8"
+
+
 def checkpoint(of_model: Card, steps: int) -> int:
     """The schedule whose checkpoint draws ``steps``; 0 where one checkpoint draws any number."""
     return of_model.steps_for(steps) if of_model.schedules else 0
@@ -47,12 +58,30 @@ class Loader:
     that a checkpoint that went comes back by a few small products, the same to the bit.
     """
 
-    def __init__(self, device: str, most_bytes: int | None = None, *, triton_kernels: bool = False) -> None:
-        self.device, self.dtype = device, usual_dtype(device)
-        self._triton_kernels = triton_kernels
+    def __init__(
+        self, device: str, most_bytes: int | None = None, *, precision: str = "auto", triton_kernels: bool = False
+    ) -> None:
+        self.device, self._triton_kernels = device, triton_kernels
+        self.dtype, self._int8 = usable_precision(precision, device)
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
         self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
         self._seconds: dict[str, float] = {}  # that a model's checkpoint last took
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "Loader":
+        """Raises FulguriteError where this machine cannot do what they say."""
+        device = usable_device(settings.device)
+        return cls(
+            device,
+            int(settings.unet_gb * 1e9) if settings.unet_gb else None,
+            precision=settings.precision,
+            triton_kernels=usable_kernels(settings.triton_kernels, device),
+        )
+
+    @property
+    def precision(self) -> str:
+        """The one in force: what "auto" has come to."""
+        return "int8" if self._int8 else str(self.dtype).removeprefix("torch.")
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         of_model = card(model)
@@ -63,7 +92,9 @@ class Loader:
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
             while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
-            pipeline = Pipeline.load(model, steps=steps, device=self.device, dtype=self.dtype, like=like)
+            pipeline = Pipeline.load(
+                model, steps=steps, device=self.device, dtype=self.dtype, int8=self._int8, like=like
+            )
             if self._triton_kernels:
                 from fulgurite.kernels import cuda  # here: it imports Triton, which not every machine has
 
