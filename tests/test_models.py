@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import small_sdxl as small
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fulgurite.cards import card, cards
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
+from fulgurite.models.layers import VectorLinear
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 LIGHTNING = card("bytedance/stable-diffusion-xl-lightning")
@@ -198,3 +201,11 @@ def test_the_end_of_a_prompt_is_found_where_published_configs_misname_it():
     oracle.config.eos_token_id = oracle.text_model.config.eos_token_id = 2
     ids = prompt_rows(small.SECOND, [3, 20, 75])
     torch.testing.assert_close(ours(ids)[1], oracle(ids).text_embeds, **TOLERANCE)
+
+
+@given(st.integers(2, 40))
+@torch.inference_mode()
+def test_a_vectors_bits_do_not_depend_on_how_many_are_beside_it(rows):
+    torch.manual_seed(rows)
+    layer, x = VectorLinear(384, 96), torch.randn(rows, 384)
+    assert torch.equal(layer(x), torch.cat([layer(one) for one in x.split(1)]))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -127,6 +127,8 @@ def accelerate(network: nn.Module) -> None:
         return
     for name, layer in network.named_children():
         match layer:
+            case VectorLinear():
+                pass  # next to no time, and as it is a row's bits are its own
             case nn.Linear():
                 setattr(network, name, PackedLinear(layer.weight, layer.bias))
             case nn.Conv2d(kernel_size=(1, 1)):

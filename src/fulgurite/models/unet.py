@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 NAG_TAU = 2.5  # how much longer than the unguided output the guided one may be, by L1 norm: the paper's
 NAG_ALPHA = 0.5  # the guided output's share in the blend: the paper's
@@ -69,8 +69,8 @@ def sinusoidal_embedding(values: Tensor, dim: int) -> Tensor:
 class EmbeddingMLP(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = VectorLinear(in_dim, dim)
+        self.linear_2 = VectorLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -81,7 +81,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.time_emb_proj = VectorLinear(time_dim, out_channels)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
