@@ -59,16 +59,31 @@ class PointwiseConv2d(PackedLinear):
 
 
 class PackedConv2d(nn.Module):
-    """A convolution of channels-last pictures."""
+    """A convolution of channels-last pictures.
+
+    Which layout of its weight is quick can depend on the picture's size, most of all for few channels; in another one
+    a small convolution takes a hundred times as long.
+    """
 
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
         self.where = plain.padding, plain.stride, plain.dilation, plain.groups
-        self.weight, self.bias = ops._reorder_convolution_weight(plain.weight, *self.where), plain.bias
+        self.usual, self.bias = ops._reorder_convolution_weight(plain.weight, *self.where), plain.bias
+        self.packed: dict[torch.Size, Tensor] = {}  # by height and width
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return ops._convolution_pointwise(x, self.weight, self.bias, *self.where, "none", [], "")
+        if (size := x.shape[2:]) not in self.packed:
+            self.packed[size] = self._packed_for(size)
+        return ops._convolution_pointwise(x, self.packed[size], self.bias, *self.where, "none", [], "")
+
+    def _packed_for(self, size: torch.Size) -> Tensor:
+        """The weight as this size wants it: one that is here, if that is its layout."""
+        plain = self.usual.to_dense()
+        wanted = ops._reorder_convolution_weight(plain, *self.where, [1, plain.shape[1] * self.where[3], *size])
+        layout = ops._get_mkldnn_serialized_md(wanted)
+        known = (self.usual, *self.packed.values())
+        return next((weight for weight in known if layout.equal(ops._get_mkldnn_serialized_md(weight))), wanted)
 
 
 class PackedUpsample(nn.Module):
