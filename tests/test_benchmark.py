@@ -46,7 +46,7 @@ def test_guidance_by_a_second_evaluation_costs_it(tiny: Pipeline) -> None:
         flop_counts(tiny.card, plan(tiny.card, Request("a fox", width=256, height=256, guidance=guidance)))
         for guidance in (7.5, 0)
     )
-    assert guided["step"] == 2 * alone["step"]
+    assert guided["step"] == pytest.approx(2 * alone["step"], rel=0.02)  # layers of one vector a row run on sixteen
 
 
 def test_a_thousand_pictures_of_36_seconds_take_ten_hours() -> None:
