@@ -28,9 +28,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 quickly = settings(max_examples=20, deadline=None)
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, lost: float = 0.0) -> None:
+    """``lost``: what float32 loses before the output is rounded."""
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(found.double(), wanted, atol=tolerance["atol"] + lost, rtol=tolerance["rtol"])
+
+
+def lost_beside_the_mean(x: Tensor, layer: GroupNormSiLU) -> float:
+    """A mean in float32 is off by its rounding, which the norm divides by the deviation: at most, over all groups."""
+    deviation = x.double().view(len(x), layer.num_groups, -1).var(-1, correction=0).add(layer.eps).sqrt()
+    return float(2**-23 * x.abs().max() / deviation.min() * layer.weight.abs().max())
 
 
 def plain_norm(x: Tensor, layer: GroupNormSiLU) -> Tensor:
@@ -53,11 +61,11 @@ def norm_layer(groups: int, channels: int, dtype: torch.dtype) -> GroupNormSiLU:
     batch=st.integers(1, 3),
     groups=st.sampled_from([1, 2, 4, 8]),
     in_group=st.sampled_from([1, 2, 3, 5]),
-    height=st.integers(8, 40),  # of a few values alone the deviation may be lost beside the mean, in any float32
+    height=st.integers(2, 40),  # one value has no deviation: plain torch refuses it
     width=st.integers(1, 40),
     channels_last=st.booleans(),
     dtype=DTYPES,
-    mean=st.sampled_from([0.0, 3.0, -10.0]),
+    mean=st.sampled_from([0.0, 3.0, -100.0]),
 )
 def test_group_norm_silu_is_the_plain_one(batch, groups, in_group, height, width, channels_last, dtype, mean):
     torch.manual_seed(0)
@@ -66,7 +74,7 @@ def test_group_norm_silu_is_the_plain_one(batch, groups, in_group, height, width
     layer = norm_layer(groups, groups * in_group, dtype)
     found = group_norm_silu(x, groups, layer.weight, layer.bias, layer.eps)
     assert found.stride() == x.stride()
-    close(found, plain_norm(x, layer), dtype)
+    close(found, plain_norm(x, layer), dtype, lost_beside_the_mean(x.contiguous(), layer))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
