@@ -89,6 +89,17 @@ def test_upsampling(dtype, rows, height, width, channels, less):
     assert_close(accelerated(layer)(x, size), layer(x, size))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("layer", [Upsample(96), nn.Conv2d(16, 16, 3, padding=1)])
+def test_sizes_that_want_a_layout_of_their_own(dtype, layer):
+    layer = random_layer(layer, dtype)
+    quick = accelerated(layer)
+    for side in (4, 32, 64, 4):
+        x = torch.randn(1, next(layer.parameters()).shape[1], side, side).to(dtype)
+        assert_close(quick(x), layer(x))
+    assert len({id(weight) for weight in (quick.usual, *quick.packed.values())}) > 1
+
+
 @quickly
 @given(DTYPES, ROWS, st.integers(1, 400), st.integers(1, 400), st.integers(1, 3), st.sampled_from((8, 32, 64)))
 def test_attention(dtype, rows, queries, keys, heads, head_dim):

@@ -17,6 +17,7 @@ from fulgurite.cards import Card, card
 from fulgurite.errors import NotFiniteError, NotPulledError, RequestError, WeightsError
 from fulgurite.kernels import cpu
 from fulgurite.kernels import int8 as int8_layers
+from fulgurite.kernels.fused import fuse
 from fulgurite.models import AttentionGuidance
 from fulgurite.sampling import (
     TRAIN_STEPS,
@@ -135,8 +136,9 @@ class Pipeline:
 
     def accelerate(self, int8: bool = False) -> None:
         """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
+        networks = self.networks
+        fuse(networks.unet)
         if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
-            networks = self.networks
             if int8:
                 int8_layers.accelerate(networks.unet)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):

@@ -19,6 +19,7 @@ ops = torch.ops.mkldnn  # how torch's own compiler calls oneDNN
 
 SCORES = 1 << 21  # of attention at a time: in half precision 4 MB, which stay in the cache
 FEW_SCORES = 1 << 14  # a head, up to which torch's own attention is quicker
+NARROW, SMALL = 12, 1024  # channels a group and pixels, below which a norm is quicker of planes
 
 
 class PackedLinear(nn.Module):
@@ -58,35 +59,48 @@ class PointwiseConv2d(PackedLinear):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PackedConv2d(nn.Module):
-    """A convolution of channels-last pictures.
+class PackedBySize(nn.Module):
+    """A layer of channels-last pictures, its weight packed for each size of them.
 
-    Which layout of its weight is quick can depend on the picture's size, most of all for few channels; in another one
-    a small convolution takes a hundred times as long.
+    Which layout is quick can depend on the size, most of all for few channels; in another one a layer takes ten or a
+    hundred times as long.
     """
 
-    def __init__(self, plain: nn.Conv2d) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.where = plain.padding, plain.stride, plain.dilation, plain.groups
-        self.usual, self.bias = ops._reorder_convolution_weight(plain.weight, *self.where), plain.bias
+        self.usual, self.bias = self.pack(weight), bias
         self.packed: dict[torch.Size, Tensor] = {}  # by height and width
+
+    def pack(self, weight: Tensor, size: torch.Size | None = None) -> Tensor:
+        """A weight in the layout for pictures of this height and width, or for any."""
+        raise NotImplementedError
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight as pictures of this size want it: one that is here, if that is its layout."""
+        if (size := x.shape[2:]) not in self.packed:
+            wanted = self.pack(self.usual.to_dense(), size)
+            layout = ops._get_mkldnn_serialized_md(wanted)
+            known = (self.usual, *self.packed.values())
+            same = (weight for weight in known if layout.equal(ops._get_mkldnn_serialized_md(weight)))
+            self.packed[size] = next(same, wanted)
+        return self.packed[size]
+
+
+class PackedConv2d(PackedBySize):
+    def __init__(self, plain: nn.Conv2d) -> None:
+        self.where = plain.padding, plain.stride, plain.dilation, plain.groups
+        super().__init__(plain.weight, plain.bias)
+
+    def pack(self, weight: Tensor, size: torch.Size | None = None) -> Tensor:
+        pictures = [1, weight.shape[1] * self.where[3], *size] if size else None
+        return ops._reorder_convolution_weight(weight, *self.where, pictures)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if (size := x.shape[2:]) not in self.packed:
-            self.packed[size] = self._packed_for(size)
-        return ops._convolution_pointwise(x, self.packed[size], self.bias, *self.where, "none", [], "")
-
-    def _packed_for(self, size: torch.Size) -> Tensor:
-        """The weight as this size wants it: one that is here, if that is its layout."""
-        plain = self.usual.to_dense()
-        wanted = ops._reorder_convolution_weight(plain, *self.where, [1, plain.shape[1] * self.where[3], *size])
-        layout = ops._get_mkldnn_serialized_md(wanted)
-        known = (self.usual, *self.packed.values())
-        return next((weight for weight in known if layout.equal(ops._get_mkldnn_serialized_md(weight))), wanted)
+        return ops._convolution_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
 
 
-class PackedUpsample(nn.Module):
+class PackedUpsample(PackedBySize):
     """Nearest neighbours and a 3x3 convolution as one transposed convolution, for 4/9 of the arithmetic.
 
     Of the three rows that the convolution sees of the larger picture two are the same row of the smaller one, so
@@ -96,18 +110,21 @@ class PackedUpsample(nn.Module):
     where = [1, 1], [0, 0], [2, 2], [1, 1], 1  # padding, of the output, stride, dilation, groups
 
     def __init__(self, plain: Upsample) -> None:
-        super().__init__()
-        self.plain = PackedConv2d(plain.conv)
         add = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]])
-        weight = torch.einsum("ak,bl,oikl->ioab", add, add, plain.conv.weight.float().flip(2, 3))
-        weight = weight.to(plain.conv.weight.dtype)
-        self.weight, self.bias = ops._reorder_convolution_transpose_weight(weight, *self.where), plain.conv.bias
+        weight = torch.einsum("ak,bl,oikl->oiab", add, add, plain.conv.weight.float().flip(2, 3))
+        super().__init__(weight.to(plain.conv.weight.dtype), plain.conv.bias)
+        self.plain = PackedConv2d(plain.conv)
+
+    def pack(self, weight: Tensor, size: torch.Size | None = None) -> Tensor:
+        pictures = [1, weight.shape[1], *size] if size else None
+        # oneDNN takes these weights as torch has them, inputs first, and gives them back outputs first.
+        return ops._reorder_convolution_transpose_weight(weight.transpose(0, 1), *self.where, pictures)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         if size and size != (2 * x.shape[2], 2 * x.shape[3]):
             return self.plain(F.interpolate(x, size=size, mode="nearest"))
         x = x.contiguous(memory_format=torch.channels_last)
-        return ops._convolution_transpose_pointwise(x, self.weight, self.bias, *self.where, "none", [], "")
+        return ops._convolution_transpose_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
 
 
 class CachedAttention(DotProductAttention):
@@ -131,9 +148,24 @@ class CachedAttention(DotProductAttention):
         return attended
 
 
-class InPlaceGroupNormSiLU(GroupNormSiLU):
+def in_quick_order(x: Tensor, groups: int) -> Tensor:
+    """Pictures ``[B, C, h, w]`` with their channels last or as planes, whichever is normalized sooner.
+
+    Of small pictures it is planes for narrow groups: within a pixel those have but a few channels to go through at a
+    time, and torch takes ten times as long. Large ones it goes through in another way.
+    """
+    narrow, small = x.shape[1] < NARROW * groups, x.shape[2] * x.shape[3] < SMALL
+    return x.contiguous() if narrow and small else x
+
+
+class QuickGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(nn.GroupNorm.forward(self, x), inplace=True)
+        return super().forward(in_quick_order(x, self.num_groups))
+
+
+class QuickGroupNormSiLU(GroupNormSiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(nn.GroupNorm.forward(self, in_quick_order(x, self.num_groups)), inplace=True)
 
 
 def accelerate(network: nn.Module) -> None:
@@ -157,6 +189,8 @@ def accelerate(network: nn.Module) -> None:
             case DotProductAttention():
                 setattr(network, name, CachedAttention(layer.head_dim))
             case GroupNormSiLU():
-                layer.__class__ = InPlaceGroupNormSiLU
+                layer.__class__ = QuickGroupNormSiLU
+            case nn.GroupNorm():
+                layer.__class__ = QuickGroupNorm
             case _:
                 accelerate(layer)

@@ -81,7 +81,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = GroupNormSiLU(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = VectorLinear(time_dim, out_channels)
+        self.time_emb_proj: nn.Module = VectorLinear(time_dim, out_channels)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps=1e-5)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -90,7 +90,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, h, w], [B, T]
         h = self.conv1(self.norm1(x))
-        h = h + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = h + self.time_emb_proj(embedding)[:, :, None, None]
         h = self.conv2(self.norm2(h))
         return h + (self.conv_shortcut(x) if self.changes_channels else x)
 
@@ -109,12 +109,18 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, guidance: AttentionGuidance | None = None
     ) -> Tensor:  # [B, S, D], [B, L, C]
-        q = self.to_q(x)
-        attended = self.attend(q, self.to_k(context), self.to_v(context))
+        q, k, v = self.project(x, context)
+        attended = self.attend(q, k, v)
         if guidance is not None:
-            unwanted = self.attend(q, self.to_k(guidance.context), self.to_v(guidance.context))
-            attended = guidance(attended, unwanted)
+            attended = guidance(attended, self.attend(q, *self.keys_values(guidance.context)))
         return self.to_out[0](attended)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values."""
+        return self.to_q(x), *self.keys_values(context)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
+        return self.to_k(context), self.to_v(context)
 
 
 class FeedForward(nn.Module):
@@ -260,6 +266,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = EmbeddingMLP(widths[0], widths[0] * 4)
         self.add_embedding = EmbeddingMLP(config.pooled_dim + 6 * config.addition_time_embed_dim, widths[0] * 4)
+        self.shared_projection: nn.Module = nn.Identity()  # of the embedding, where blocks do not project it each for itself
         self.down_blocks = nn.ModuleList(DownBlock(i, config) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(i, config) for i in reversed(range(len(widths))))
@@ -302,7 +309,7 @@ class UNet(nn.Module):
         sizes: Tensor,
         guidance: AttentionGuidance | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The way down and through the middle: its features, what the way up takes from it, and the embedding.
+        """The way down and through the middle: its features, what the way up takes from it, and the blocks' embedding.
 
         The arguments are those of ``forward``, the features ``[B, widest, h / downscale, w / downscale]``.
         """
@@ -311,6 +318,7 @@ class UNet(nn.Module):
         size_embedding = sinusoidal_embedding(sizes.flatten(), self.config.addition_time_embed_dim)
         size_embedding = size_embedding.view(len(x), -1).to(dtype)
         embedding = embedding + self.add_embedding(torch.cat([pooled, size_embedding], dim=-1))
+        embedding = self.shared_projection(F.silu(embedding))
 
         x = self.conv_in(x)
         skips = [x]
