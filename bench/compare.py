@@ -43,6 +43,7 @@ Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
 INT8 = "ours-int8"  # the embedded model's layers are all too small for it
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
+SETTLED = 0.1  # seconds, within which the threads of who ran before no longer spin for more to do
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
 
 
@@ -76,6 +77,7 @@ class Process:
         self.first = time.perf_counter() - started
 
     def draw(self) -> dict[str, float]:
+        time.sleep(SETTLED)
         self._connection.send("again")
         seconds, _, self.memory = self._answer()
         self.rounds.append(seconds)
