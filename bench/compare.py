@@ -35,7 +35,8 @@ from fulgurite.benchmark import (
     matrix_ceiling,
     peak_memory,
 )
-from fulgurite.pipeline import plan, usual_dtype
+from fulgurite.pipeline import usual_dtype
+from fulgurite.request import plan
 from peers.ways import WAYS
 from peers.works import WORKS, Work
 

@@ -31,7 +31,8 @@ from fulgurite.benchmark import Laps, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
 from fulgurite.models import UNetConfig, VAEConfig
 from fulgurite.models.layers import GroupNormSiLU
-from fulgurite.pipeline import plan, smallest_batch
+from fulgurite.pipeline import smallest_batch
+from fulgurite.request import plan
 from fulgurite.sampling import TRAIN_STEPS
 from peers.works import Work, random_weights, sdxl
 

@@ -17,7 +17,7 @@ import torch
 from fulgurite import Pipeline, Request
 from fulgurite.benchmark import PICTURE, draw_in_parts, flop_counts
 from fulgurite.cards import card
-from fulgurite.pipeline import plan
+from fulgurite.request import plan
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same numbers give the same file

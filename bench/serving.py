@@ -30,7 +30,7 @@ import torch
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.engine import Engine, Load, Loader, Runner
 from fulgurite.engine.batches import most_rows
-from fulgurite.pipeline import plan
+from fulgurite.request import plan
 
 STEPS = (1, 2, 4, 8)
 WAYS = ("ours", "one at a time", "static batches")

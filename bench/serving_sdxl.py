@@ -31,7 +31,8 @@ from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
 from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
-from fulgurite.pipeline import Row, plan, smallest_batch, usual_dtype
+from fulgurite.pipeline import Row, smallest_batch, usual_dtype
+from fulgurite.request import plan
 from fulgurite.weights.lora import merged
 from peers.works import Work, sdxl
 from serving import STEPS, Bench, measured

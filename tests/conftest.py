@@ -34,7 +34,8 @@ from fulgurite.models import (
     VAEConfig,
 )
 from fulgurite.models.tokenizer import END, START
-from fulgurite.pipeline import Encoded, OnStep, Preview, Row, plan
+from fulgurite.pipeline import Encoded, Row
+from fulgurite.request import OnStep, Preview, plan
 from fulgurite.sampling import trailing_schedule
 from fulgurite.server import create_app, server_for
 from fulgurite.settings import read_settings

@@ -10,7 +10,7 @@ from fulgurite import Pipeline, Request, benchmark
 from fulgurite.benchmark import PARTS, PICTURE, Laps, dollars_a_thousand, draw_in_parts, flop_counts
 from fulgurite.cards import card
 from fulgurite.cli import app
-from fulgurite.pipeline import plan
+from fulgurite.request import plan
 
 REQUEST = Request("a red fox", width=256, height=256, num_steps=3, seed=7)
 

@@ -17,7 +17,8 @@ from torch import nn
 from fulgurite import Pipeline
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
-from fulgurite.pipeline import Plan, Request, Row
+from fulgurite.pipeline import Row
+from fulgurite.request import Plan, Request
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
 from fulgurite.training import distil as distillation
 from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss

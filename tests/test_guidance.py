@@ -10,7 +10,7 @@ from small_sdxl import UNET, roughened
 from fulgurite import Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.models import AttentionGuidance, UNet
-from fulgurite.pipeline import guidance_strength
+from fulgurite.request import guidance_strength
 
 
 def inputs(rows: int) -> dict[str, torch.Tensor]:

@@ -17,17 +17,18 @@ MAY_KNOW = {
     "kernels": {"models"},
     "cards": {"errors", "models"},
     "weights": {"cards", "errors", "models"},
-    "pipeline": {"cards", "errors", "kernels", "models", "sampling", "weights"},
+    "request": {"cards", "errors", "models"},
+    "pipeline": {"cards", "errors", "kernels", "models", "request", "sampling", "weights"},
     "parameters": {"errors"},
-    "picture_file": {"pipeline"},
-    "benchmark": {"cards", "models", "picture_file", "pipeline"},
+    "picture_file": {"request"},
+    "benchmark": {"cards", "models", "picture_file", "pipeline", "request"},
     "client": {"errors"},
     "settings": {"errors"},
     "records": set(),
-    "engine": {"cards", "errors", "kernels", "models", "pipeline", "sampling", "settings", "weights"},
+    "engine": {"cards", "errors", "kernels", "models", "pipeline", "request", "sampling", "settings", "weights"},
     "ledger": {"errors", "records", "settings"},
     # The engine and the ledger by protocols:
-    "server": {"cards", "errors", "parameters", "picture_file", "pipeline", "records", "settings"},
+    "server": {"cards", "errors", "parameters", "picture_file", "records", "request", "settings"},
     "training": {"cards", "errors", "kernels", "models", "pipeline", "sampling", "weights"},
 }
 OUTSIDERS = {"diffusers", "transformers", "peft", "openvino"}  # oracles and opponents, never needed to run
@@ -58,7 +59,7 @@ def test_a_part_knows_only_those_it_may(path):
     part = part_of(path)
     parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
     names = {name.split(".")[1] for name in imports(path) if name.startswith("fulgurite.")}
-    ours = {"pipeline" if name in set(fulgurite.__all__) - fulgurite.OF_CLIENT else name for name in names} & parts
+    ours = {fulgurite.MODULE_OF.get(name, name) for name in names} & parts
     assert ours - {part} <= MAY_KNOW.get(part, parts)
 
 
@@ -79,6 +80,6 @@ def test_the_scheduler_of_the_engine_needs_no_torch():
 
 
 def test_the_server_touches_no_network():
-    """It knows the engine by a protocol; what it takes from the pipeline are plain records."""
+    """It knows the engine by a protocol; requests and pictures are plain records."""
     for path in (PACKAGE / "server").glob("*.py"):
         assert not any(name.split(".")[0] == "torch" for name in imports(path)), path

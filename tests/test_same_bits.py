@@ -18,7 +18,8 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import Card
 from fulgurite.engine import Engine, Load, Loader, Runner
 from fulgurite.errors import NotFiniteError
-from fulgurite.pipeline import Encoded, Preview, Row
+from fulgurite.pipeline import Encoded, Row
+from fulgurite.request import Preview
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
 NAMES = ("a red fox", "a blue boat at sea", "night")

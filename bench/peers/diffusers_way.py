@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fulgurite.benchmark import Laps
-from fulgurite.pipeline import plan
+from fulgurite.request import plan
 from fulgurite.sampling import starting_noise
 from peers.works import TOKENIZER, Work
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fulgurite.benchmark import Laps
-from fulgurite.pipeline import plan, size_conditioning
+from fulgurite.pipeline import size_conditioning
+from fulgurite.request import plan
 from fulgurite.sampling import starting_noise
 from peers.diffusers_way import pipeline
 from peers.works import Work

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fulgurite.cards import Card
 from fulgurite.models import VAE, CLIPTextEncoder, UNet
-from fulgurite.pipeline import Picture, Pipeline, Plan, Request, smallest_batch
+from fulgurite.pipeline import Pipeline, smallest_batch
+from fulgurite.request import Picture, Plan, Request
 
 PARTS = ("text", "step", "decode", "to host", "encode")  # of a picture; a step is one of several
 PICTURE = "picture"  # all of it, end to end

@@ -88,10 +88,9 @@ def generate(
         given["width"], given["height"] = parsed_size(size)
     checked(given)  # before torch is imported: a mistake is told at once
 
-    from fulgurite import Request
     from fulgurite.cards import card
     from fulgurite.engine import Loader
-    from fulgurite.pipeline import plan
+    from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
     settings = read_settings(precision=precision)

@@ -28,7 +28,6 @@ def bench(
     from rich.console import Console
     from rich.table import Table
 
-    from fulgurite import Request
     from fulgurite.benchmark import (
         HOSTED_DOLLARS,
         PARTS,
@@ -41,7 +40,7 @@ def bench(
     )
     from fulgurite.cards import card
     from fulgurite.engine import Loader
-    from fulgurite.pipeline import plan
+    from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
     if size is None and (shapes := card(model).native_shapes):

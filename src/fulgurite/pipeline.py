@@ -1,12 +1,11 @@
 """The whole way from prompt to pixels, a stage at a time, to be read top to bottom."""
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from fulgurite.cards import Card, card
-from fulgurite.errors import NotFiniteError, NotPulledError, RequestError, WeightsError
+from fulgurite.errors import NotFiniteError, NotPulledError, WeightsError
 from fulgurite.kernels import cpu
 from fulgurite.kernels import int8 as int8_layers
 from fulgurite.kernels.fused import fuse
 from fulgurite.models import AttentionGuidance
+from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
 from fulgurite.sampling import (
     TRAIN_STEPS,
     Schedule,
@@ -31,50 +31,8 @@ from fulgurite.sampling import (
 )
 from fulgurite.weights import Networks, load_networks
 
-DEFAULT_GUIDANCE = 7.5
 PREVIEW_SIDE = 128  # pixels, of a preview's longer side
-Preview = Callable[[], Image.Image | None]  # the picture as it would be now, small and rough
-OnStep = Callable[[int, int, Preview], None]  # steps done, steps in all
-Decoder = Literal["full", "fast"]  # the VAE's own, or a tiny one, quicker and a little less exact
 Encoded = tuple[Tensor, Tensor]  # a prompt's states [S, D] and its pooled state [P]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture asked for, in the hosted API's terms and bounds."""
-
-    prompt: str
-    negative_prompt: str = ""
-    height: int = 1024  # pixels, 256..2048
-    width: int = 1024
-    num_steps: int = 20  # the most steps that may be spent, 1..20
-    guidance: float = DEFAULT_GUIDANCE  # 7.5: as the model's card says
-    seed: int | None = None  # 0..2**64 - 1; None: a random one
-    decoder: Decoder = "full"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture made, and how."""
-
-    image: Image.Image
-    request: Request  # with its seed filled in
-    model: str
-    steps: int  # run, not asked for
-    drawn_size: tuple[int, int]  # width, height that the network drew, before cropping or resampling
-    seconds: float
-    notes: tuple[str, ...]  # what was not done as asked, each a sentence for people
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a request comes to with a model; known before any network is loaded."""
-
-    steps: int  # run, not asked for
-    strength: float  # of guidance; 1: none is computed
-    drawn_size: tuple[int, int]  # width, height that the network draws
-    latent_shape: tuple[int, int, int]
-    network_rows: int  # of the UNet's batch that it takes: with classifier-free guidance two
 
 
 @dataclass
@@ -257,7 +215,7 @@ class Pipeline:
             steps=row.plan.steps,
             drawn_size=row.plan.drawn_size,
             seconds=time.perf_counter() - row.started,
-            notes=notes(self.card, self.networks, row.request, row.plan.steps, row.plan.drawn_size),
+            notes=notes(self.card, row.request, row.plan, self.networks.tokenizers),
         )
 
     def _decoded(self, latents: Tensor, decoder: Decoder) -> Tensor:
@@ -315,16 +273,6 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def plan(card: Card, request: Request) -> Plan:
-    """What the request comes to with the card's model. Raises RequestError where it has no such decoder."""
-    if request.decoder not in card.decoders:
-        has = " or ".join(card.decoders)
-        raise RequestError(f"decoder: {card.id} has no {request.decoder!r} one, only {has!r}.", "decoder")
-    strength, drawn = guidance_strength(card, request), drawn_size(card, request.width, request.height)
-    rows = 2 if strength != 1 and not card.schedules else 1
-    return Plan(card.steps_for(request.num_steps), strength, drawn, latent_shape(card, drawn), rows)
-
-
 def no_fast_decoder(card: Card, steps: int) -> WeightsError:
     """Why a model that has a fast decoder cannot use it: its weights are older than that, or somebody's own."""
     if card.weights.source == "hub":
@@ -350,32 +298,6 @@ def smallest_batch(card: Card, device: torch.device, latent_shape: tuple[int, in
         fill = min(16, max(1, 16384 // (latent_shape[1] * latent_shape[2])))
         rows = max(rows, 1 << fill.bit_length() - 1)
     return rows
-
-
-def guidance_strength(card: Card, request: Request) -> float:
-    """The strength that the API's guidance stands for; 1: none is computed.
-
-    It rises from 1 at 0 through the card's at 7.5: for an undistilled model that of classifier-free guidance, for
-    a distilled one that of attention guidance away from a negative prompt. A distilled model has its teacher's
-    guidance in its weights, so without a negative prompt 7.5 leaves it alone, and other values are relative to that.
-    """
-    share = request.guidance / DEFAULT_GUIDANCE
-    if card.schedules and not request.negative_prompt:
-        return share
-    return 1 + share * (card.guidance_strength - 1)
-
-
-def drawn_size(card: Card, width: int, height: int) -> tuple[int, int]:
-    """The width and height that the network draws for a picture of the size asked for."""
-    if card.native_shapes:
-        return min(card.native_shapes, key=lambda s: abs(math.log(s[0] / s[1]) - math.log(width / height)))
-    cell = card.vae.downscale
-    return math.ceil(width / cell) * cell, math.ceil(height / cell) * cell
-
-
-def latent_shape(card: Card, size: tuple[int, int]) -> tuple[int, int, int]:
-    cell = card.vae.downscale
-    return card.vae.latent_channels, size[1] // cell, size[0] // cell
 
 
 def size_conditioning(size: tuple[int, int]) -> Tensor:
@@ -416,18 +338,3 @@ def fitted(image: Image.Image, width: int, height: int, card: Card) -> Image.Ima
     left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
     box = (left, top, left + width / scale, top + height / scale)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-
-
-def notes(card: Card, networks: Networks, request: Request, steps: int, drawn: tuple[int, int]) -> tuple[str, ...]:
-    """What was not done as asked: fewer steps, another size, a prompt cut short."""
-    found = []
-    if steps != request.num_steps:
-        found.append(f"ran {steps} steps, the largest schedule of this model within the {request.num_steps} allowed")
-    if card.native_shapes and drawn != (request.width, request.height):
-        found.append(f"drawn at {drawn[0]}x{drawn[1]} and resampled to {request.width}x{request.height}")
-    if request.negative_prompt and request.guidance == 0:
-        found.append("negative_prompt had no effect, since guidance was 0")
-    for name in ("prompt", "negative_prompt"):
-        if any(tokenizer.encode(getattr(request, name))[1] for tokenizer in networks.tokenizers):
-            found.append(f"{name} was cut to its first {networks.tokenizers[0].length - 2} tokens")
-    return tuple(found)

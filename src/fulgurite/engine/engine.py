@@ -13,7 +13,7 @@ from fulgurite.engine.loading import checkpoint
 from fulgurite.engine.runner import Drawing, Outcome, Runner
 from fulgurite.engine.scheduler import Group, Scheduler, Task, Work
 from fulgurite.errors import BusyError, DeviceError
-from fulgurite.pipeline import OnStep, Picture, Request, plan
+from fulgurite.request import OnStep, Picture, Request, plan
 
 log = logging.getLogger("fulgurite")
 LOOK_SECONDS = 0.5  # between the watchdog's looks

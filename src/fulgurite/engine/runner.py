@@ -11,7 +11,8 @@ from fulgurite.engine.batches import Batches, most_rows
 from fulgurite.engine.cache import PromptCache
 from fulgurite.engine.scheduler import Group, Stage
 from fulgurite.errors import FulguriteError, OutOfMemoryError
-from fulgurite.pipeline import Encoded, OnStep, Picture, Preview, Request, Row, smallest_batch
+from fulgurite.pipeline import Encoded, Row, smallest_batch
+from fulgurite.request import OnStep, Picture, Preview, Request
 
 Done = TypeVar("Done")
 CACHE_BYTES = 256 << 20  # of encoded prompts: about 400 of SDXL's in half precision

@@ -11,11 +11,11 @@ from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import HTMLResponse, Response
 
-from fulgurite import Request
 from fulgurite.cards import card
 from fulgurite.parameters import Parameters
 from fulgurite.picture_file import FORMATS, file_bytes
 from fulgurite.records import dollars
+from fulgurite.request import Request
 from fulgurite.server.problems import error_responses
 from fulgurite.server.service import Service, demo_notice
 

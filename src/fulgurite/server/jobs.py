@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from fulgurite import Picture, Request
 from fulgurite.errors import FulguriteError
 from fulgurite.picture_file import file_bytes, preview_bytes
-from fulgurite.pipeline import Preview
 from fulgurite.records import Answer, Entry, Key, Outcome, dollars, now
+from fulgurite.request import Picture, Preview, Request
 from fulgurite.server.limits import Meters
 from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem

@@ -4,9 +4,8 @@ from concurrent.futures import Future
 from datetime import datetime
 from typing import Literal, Protocol
 
-from fulgurite import Picture, Request
-from fulgurite.pipeline import OnStep
 from fulgurite.records import Answer, Entry, Key, Limits, Usage
+from fulgurite.request import OnStep, Picture, Request
 
 EngineState = Literal["starting", "ready", "busy", "failed"]
 

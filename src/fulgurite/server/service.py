@@ -7,11 +7,10 @@ import re
 
 from fastapi import Request as HTTPRequest
 
-from fulgurite import Request
 from fulgurite.cards import card, cards
 from fulgurite.errors import FulguriteError, UnknownModelError
-from fulgurite.pipeline import plan
 from fulgurite.records import Key
+from fulgurite.request import Request, plan
 from fulgurite.server.body import Body, PictureBody, read_body
 from fulgurite.server.jobs import Jobs, Order
 from fulgurite.server.metrics import Metrics
