@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,6 +44,7 @@ from peers.works import WORKS, Work
 Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
 INT8 = "ours-int8"  # the embedded model's layers are all too small for it
+FAST = "ours-fast-decoder"
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
 SETTLED = 0.1  # seconds, within which the threads of who ran before no longer spin for more to do
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
@@ -117,7 +119,12 @@ def suiting(name: str, work: Work) -> list[str]:
     """The ways that differ at a work, and can draw it beside another way on a machine of 24 GB."""
     unsuited = LARGE if name.startswith("sdxl") else INT8
     ways = [way for way in WAYS if way != unsuited]
-    return ways if work.card.fast_decoder else [way for way in ways if "fast-decoder" not in way]
+    return ways if work.card.fast_decoder else [way for way in ways if way != FAST]
+
+
+def flops_of(way: str, work: Work) -> dict[str, int]:
+    """A way's floating-point operations by part, with the decoder that it runs."""
+    return flop_counts(work.card, replace(work.request, decoder="fast") if way == FAST else work.request)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -131,13 +138,12 @@ def compare(
 ) -> None:
     """Adds one work's results to ``results``, and prints them as they come."""
     to = plan(work.card, work.request)
-    flops = flop_counts(work.card, to)
-    flops[PICTURE] = flops["text"] + to.steps * flops["step"] + flops["decode"]
-    size = f"{work.request.width}x{work.request.height}"
-    print(f"\n{name}: {work.card.id}, {size}, {to.steps} steps; {flops[PICTURE] / 1e12:.3f} TFLOP", flush=True)
+    flops = {way: flops_of(way, work) for way in (given.reference, *ways)}
+    size, tera = f"{work.request.width}x{work.request.height}", flops[given.reference][PICTURE] / 1e12
+    print(f"\n{name}: {work.card.id}, {size}, {to.steps} steps; {tera:.3f} TFLOP", flush=True)
     ours = Process(given.reference, name, options, given.patience)
     ceilings, rows, failed = [], {}, {}
-    result = {"work": name, "size": size, "steps": to.steps, "flop": flops, "ways": rows, "failed": failed}
+    result = {"work": name, "size": size, "steps": to.steps, "flops": flops, "ways": rows, "failed": failed}
     results.append(result)
     print(f"{'':20}" + "".join(f"{column:>9}" for column in COLUMNS) + "   times as long as " + ours.way, flush=True)
     try:
@@ -180,7 +186,7 @@ def print_table(result: dict, given: argparse.Namespace) -> None:
         if not row["seconds"]:
             continue
         row["of_ceiling"] = {
-            part: flop / row["seconds"][part][0] / result["ceiling"] for part, flop in result["flop"].items()
+            part: flop / row["seconds"][part][0] / result["ceiling"] for part, flop in result["flops"][way].items()
         }
         middle, low, high = row["seconds"][PICTURE]
         shown = "".join(f"{1000 * row['seconds'][column][0]:9.1f}" for column in COLUMNS)

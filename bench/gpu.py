@@ -120,7 +120,7 @@ class Bench:
         self.pipeline = Pipeline(work.card, random_weights(work, dtype, device), device, dtype)
         self.networks = self.pipeline.networks
         self.to = plan(work.card, work.request)
-        self.flops = flop_counts(work.card, self.to)
+        self.flops = flop_counts(work.card, work.request)
         self.cuda = device == "cuda"
         self.batches, self.steps = (BATCHES, STEPS) if self.cuda else ((1, 2), (1, 2))
 

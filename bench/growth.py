@@ -16,8 +16,6 @@ import torch
 
 from fulgurite import Pipeline, Request
 from fulgurite.benchmark import PICTURE, draw_in_parts, flop_counts
-from fulgurite.cards import card
-from fulgurite.request import plan
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same numbers give the same file
@@ -51,7 +49,7 @@ def of_area(rounds: int) -> dict[str, Curve]:
         asked = request(width=side, height=side)
         draw_in_parts(loaded, asked)
         runs = [draw_in_parts(loaded, asked)[1] for _ in range(rounds)]
-        flops = flop_counts(loaded.card, plan(loaded.card, asked))
+        flops = flop_counts(loaded.card, asked)
         for part, curve in found.items():
             curve["x"].append(side)
             curve["ms"].append(1000 * statistics.median(run[part] for run in runs))
@@ -61,20 +59,20 @@ def of_area(rounds: int) -> dict[str, Curve]:
 
 def of_steps(rounds: int) -> dict[str, Curve]:
     """A picture, by its steps; each number of them has a checkpoint of its own."""
-    curve, flops = Curve(x=[], ms=[], gflop=[]), flop_counts(card(MODEL), plan(card(MODEL), request()))
+    curve = Curve(x=[], ms=[], gflop=[])
     for steps in STEPS:
         loaded = Pipeline.load(MODEL, steps=steps)
         asked = request(num_steps=steps)
         curve["x"].append(steps)
         curve["ms"].append(middle(lambda loaded=loaded, asked=asked: draw_in_parts(loaded, asked), rounds))
-        curve["gflop"].append((flops["text"] + steps * flops["step"] + flops["decode"]) / 1e9)
+        curve["gflop"].append(flop_counts(loaded.card, asked)[PICTURE] / 1e9)
     return {PICTURE: curve}
 
 
 def of_batch(rounds: int) -> dict[str, Curve]:
     """A step, by the pictures that take it together."""
     loaded, curve = Pipeline.load(MODEL, steps=1), Curve(x=[], ms=[], gflop=[])
-    flop = flop_counts(loaded.card, plan(loaded.card, request()))["step"]
+    flop = flop_counts(loaded.card, request())["step"]
 
     def step(batch: int) -> None:
         rows = [loaded.start(request(), lambda prompt: encoded) for _ in range(batch)]

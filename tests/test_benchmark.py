@@ -1,6 +1,8 @@
 """What `fulgurite bench` measures: the same picture, the published arithmetic, sums that add up. No times."""
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from conftest import LIGHTNING
@@ -10,7 +12,6 @@ from fulgurite import Pipeline, Request, benchmark
 from fulgurite.benchmark import PARTS, PICTURE, Laps, dollars_a_thousand, draw_in_parts, flop_counts
 from fulgurite.cards import card
 from fulgurite.cli import app
-from fulgurite.request import plan
 
 REQUEST = Request("a red fox", width=256, height=256, num_steps=3, seed=7)
 
@@ -35,16 +36,41 @@ def test_laps_of_a_stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("side", "step", "decode"), [(512, 1.589e12, 2.515e12), (1024, 6.761e12, 10.470e12)])
 def test_the_arithmetic_of_sdxl(side: int, step: float, decode: float) -> None:
     """Counted by hand elsewhere: 2 for a product and its sum, attention's included."""
-    found = flop_counts(card(LIGHTNING), plan(card(LIGHTNING), Request("a fox", width=side, height=side)))
+    found = flop_counts(card(LIGHTNING), Request("a fox", width=side, height=side, num_steps=4))
     assert found["step"] == pytest.approx(step, rel=1e-3)
     assert found["decode"] == pytest.approx(decode, rel=1e-3)
+    assert found[PICTURE] == found["text"] + 4 * found["step"] + found["decode"]
+
+
+def test_the_fast_decoders_arithmetic_is_its_own() -> None:
+    """All its convolutions are 3x3: 64 channels wide at four sizes, with 4 in and 3 out."""
+    layers = {128: 9, 256: 10, 512: 10, 1024: 4}
+    inner = sum(count * side**2 for side, count in layers.items()) * 64 * 64
+    outer = 128**2 * 4 * 64 + 1024**2 * 64 * 3
+    fast = flop_counts(card(LIGHTNING), Request("a fox", decoder="fast"))
+    assert fast["decode"] == 2 * 9 * (inner + outer)
+
+
+def test_ways_are_compared_by_what_each_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    import compare
+
+    work = compare.WORKS["spark"]()
+    full, fast = (compare.flops_of(way, work) for way in ("ours", "ours-fast-decoder"))
+    assert fast["decode"] < full["decode"] / 5
+    assert full[PICTURE] - fast[PICTURE] == full["decode"] - fast["decode"]
+    row = {"seconds": {part: [1.0, 1.0, 1.0] for part in compare.COLUMNS}, "peak_memory": 1, "first": 1.0}
+    result = {"ways": {"ours": row, "ours-fast-decoder": row.copy()}, "ceiling": 1e9}
+    result["flops"] = {"ours": full, "ours-fast-decoder": fast}
+    compare.print_table(result, Namespace(price=None))
+    for way, flops in result["flops"].items():
+        assert result["ways"][way]["of_ceiling"]["decode"] == flops["decode"] / 1e9
 
 
 def test_guidance_by_a_second_evaluation_costs_it(tiny: Pipeline) -> None:
     """The undistilled model's guidance takes two rows of a step's batch."""
     guided, alone = (
-        flop_counts(tiny.card, plan(tiny.card, Request("a fox", width=256, height=256, guidance=guidance)))
-        for guidance in (7.5, 0)
+        flop_counts(tiny.card, Request("a fox", width=256, height=256, guidance=guidance)) for guidance in (7.5, 0)
     )
     assert guided["step"] == pytest.approx(2 * alone["step"], rel=0.02)  # layers of one vector a row run on sixteen
 

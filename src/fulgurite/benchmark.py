@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fulgurite.cards import Card
-from fulgurite.models import VAE, CLIPTextEncoder, UNet
+from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
 from fulgurite.pipeline import Pipeline, smallest_batch
-from fulgurite.request import Picture, Plan, Request
+from fulgurite.request import Picture, Request, plan
 
 PARTS = ("text", "step", "decode", "to host", "encode")  # of a picture; a step is one of several
 PICTURE = "picture"  # all of it, end to end
@@ -62,23 +62,28 @@ def draw_in_parts(pipeline: Pipeline, request: Request) -> tuple[Picture, dict[s
     return picture, laps.seconds
 
 
-def flop_counts(card: Card, to: Plan) -> dict[str, int]:
-    """Floating-point operations of one prompt, one step and one decode; a product and its sum are two.
+def flop_counts(card: Card, request: Request) -> dict[str, int]:
+    """Floating-point operations of the prompt, of one step, of the decode and of all the picture.
 
+    A product and its sum are two. The decode is by the decoder asked for. Raises RequestError where there is none.
     Counted by torch over networks without weights, so nothing is computed; the plain ones: what a quicker way leaves
     out is counted all the same, as the ceiling asks what the same work could take at best.
     """
+    to = plan(card, request)
     with torch.device("meta"), torch.inference_mode():
-        encoders, unet, vae = [CLIPTextEncoder(each) for each in card.text_encoders], UNet(card.unet), VAE(card.vae)
+        encoders, unet = [CLIPTextEncoder(each) for each in card.text_encoders], UNet(card.unet)
+        fast = request.decoder == "fast" and card.fast_decoder
+        decode = TinyDecoder(fast) if fast else VAE(card.vae).decode
         tokens = torch.zeros(1, card.text_encoders[0].max_position_embeddings, dtype=torch.long)
         rows, latent = to.network_rows, torch.empty(1, *to.latent_shape)
         context = torch.empty(rows, tokens.shape[1], card.unet.cross_attention_dim)
         inputs = latent.expand(rows, -1, -1, -1), torch.empty(rows), context, torch.empty(rows, card.unet.pooled_dim)
-        return {
+        flops = {
             "text": sum(counted(partial(encoder, tokens)) for encoder in encoders),
             "step": counted(lambda: unet(*inputs, torch.empty(rows, 6))),
-            "decode": counted(lambda: vae.decode(latent)),
+            "decode": counted(lambda: decode(latent)),
         }
+    return flops | {PICTURE: flops["text"] + to.steps * flops["step"] + flops["decode"]}
 
 
 def counted(call: Callable[[], object]) -> int:

@@ -51,8 +51,7 @@ def bench(
     draw_in_parts(pipeline, request)
     found = [draw_in_parts(pipeline, request)[1] for _ in range(rounds)]
     ceiling, to = matrix_ceiling(pipeline.device, pipeline.dtype), plan(pipeline.card, request)
-    flops = flop_counts(pipeline.card, to)
-    flops[PICTURE] = flops["text"] + to.steps * flops["step"] + flops["decode"]
+    flops = flop_counts(pipeline.card, request)
 
     table = Table("part", "ms", "from", "to", "GFLOP", "GFLOP/s", "of the ceiling", box=None)
     rows = []
