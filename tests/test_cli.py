@@ -202,7 +202,7 @@ def test_precisions_that_the_device_lacks_are_refused(monkeypatch: pytest.Monkey
     for command in (["generate", "a red fox"], ["serve", "--port", "0"], ["bench"]):
         result = run(*command, "--precision", "float16")
         assert result.exit_code == 1
-        assert "FULGURITE_PRECISION: float16 needs a GPU" in result.stderr
+        assert "--precision: float16 needs a GPU" in result.stderr
         result = run(*command, "--precision", "int4")
         assert result.exit_code == 1
         assert "--precision: Input should be 'auto', " in result.stderr

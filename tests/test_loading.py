@@ -10,13 +10,14 @@ from conftest import LIGHTNING, PRECISIONS, needs_weights
 
 from fulgurite import Pipeline
 from fulgurite.cards import card
-from fulgurite.engine import Loader, usable_device
+from fulgurite.engine import Loader
 from fulgurite.engine.batches import Batches
 from fulgurite.engine.cache import PromptCache
 from fulgurite.engine.loading import unet_bytes, usable_precision
 from fulgurite.errors import FulguriteError
 from fulgurite.models import UNet
 from fulgurite.pipeline import usual_dtype
+from fulgurite.settings import read_settings
 from fulgurite.weights import Networks, load
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
@@ -149,9 +150,14 @@ def weights_of(unet: UNet) -> torch.Tensor:
     return torch.cat([weight.flatten() for weight in unet.parameters()])
 
 
-def test_a_device_that_is_not_there_is_an_error_that_names_it() -> None:
-    with pytest.raises(FulguriteError, match="FULGURITE_DEVICE: cannot compute on 'abacus' here"):
-        usable_device("abacus")
+def test_what_the_machine_lacks_is_an_error_that_says_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULGURITE_DEVICE", "abacus")
+    with pytest.raises(FulguriteError, match=r"^FULGURITE_DEVICE: cannot compute on 'abacus' here"):
+        Loader.from_settings(read_settings())
+    with pytest.raises(FulguriteError, match=r"^--device: cannot compute on 'sundial' here"):
+        Loader.from_settings(read_settings(device="sundial"))
+    with pytest.raises(FulguriteError, match=r"^--precision: float16 needs a GPU"):
+        Loader.from_settings(read_settings(device="cpu", precision="float16"))
 
 
 @needs_weights
@@ -165,7 +171,7 @@ def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None
 
 @pytest.mark.parametrize(("precision", "device"), [("int8", "cuda"), ("int8", "mps"), ("float16", "cpu")])
 def test_a_precision_that_the_device_lacks_is_an_error_that_names_both(precision: str, device: str) -> None:
-    with pytest.raises(FulguriteError, match=f"FULGURITE_PRECISION: {precision} needs a .PU"):
+    with pytest.raises(FulguriteError, match=f"precision: {precision} needs a .PU"):
         usable_precision(precision, device)
 
 

@@ -383,5 +383,5 @@ def test_a_model_without_a_fast_decoder_refuses_it(
         described = client.get(f"/api/v1/models/{SPARK}").json()["parameters"]["properties"]["decoder"]
         assert (described["enum"], described["default"]) == (["full"], "full")
     assert engine.jobs == []
-    with pytest.raises(FulguriteError, match="fulgurite/spark has no fast decoder"):
+    with pytest.raises(FulguriteError, match="--fast-decoder: fulgurite/spark has no fast decoder"):
         create_app(engine, ledger, read_settings(fast_decoder=SPARK))

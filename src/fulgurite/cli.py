@@ -170,11 +170,12 @@ def save(picture: "Picture", file: Path) -> None:
 @app.command()
 def settings() -> None:
     """Prints every setting in force, and where it came from."""
-    from fulgurite.settings import origin, read_settings
+    from fulgurite.settings import read_settings
 
-    for name, value in read_settings():
+    in_force = read_settings()
+    for name, value in in_force:
         shown = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
-        typer.echo(f"{name:<17} {shown:<32} {origin(name)}")
+        typer.echo(f"{name:<17} {shown:<32} {in_force.origin(name)}")
 
 
 @app.command()

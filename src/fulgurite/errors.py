@@ -1,6 +1,7 @@
 """What can go wrong, for people.
 
 FulguriteError
+├── SettingError          this machine cannot do what a setting says: says which
 ├── RequestError          the request asks for what cannot be: says which parameter
 │   └── UnknownModelError no such model: names those there are
 ├── BusyError             no room for more work now: says when to come back
@@ -18,6 +19,14 @@ FulguriteError
 
 class FulguriteError(Exception):
     """Anything that this program reports to people in one line."""
+
+
+class SettingError(FulguriteError):
+    """This machine cannot do what a setting says; ``setting`` names it, ``why`` is the rest of the message."""
+
+    def __init__(self, setting: str, why: str) -> None:
+        super().__init__(f"{setting}: {why}")
+        self.setting, self.why = setting, why
 
 
 class RequestError(FulguriteError):

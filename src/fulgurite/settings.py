@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,8 @@ class Settings(BaseSettings):
     webhook_private: bool = False  # webhooks may go to addresses of this machine and of private networks
     shutdown_seconds: int = Field(30, ge=0, le=3600)  # that pictures being made are given when the server stops
 
+    _flags: frozenset[str] = frozenset()  # names of those that flags gave
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: Any, init_settings: Any, env_settings: Any, *_: Any, **__: Any
@@ -79,6 +82,10 @@ class Settings(BaseSettings):
             raise ValueError("a key is printable ASCII without spaces, so that it can be sent in a header")
         return value
 
+    def origin(self, name: str) -> str:
+        """Where a setting's value comes from."""
+        return origin(name, self._flags)
+
 
 def read_settings(**flags: Any) -> Settings:
     """The settings in force. Flags that are None were not given. Raises FulguriteError naming what is wrong."""
@@ -93,16 +100,19 @@ def read_settings(**flags: Any) -> Settings:
         )
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**given)
+        settings = Settings(**given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        where = f"--{name.replace('_', '-')}" if name in given else origin(name)
-        raise FulguriteError(f"{where}: {first['msg']}.") from None
+        raise FulguriteError(f"{origin(name, given)}: {first['msg']}.") from None
+    settings._flags = frozenset(given)
+    return settings
 
 
-def origin(name: str) -> str:
-    """Where a setting's value comes from, if no flag gives it: a variable, the file, or the default."""
+def origin(name: str, flags: Collection[str]) -> str:
+    """Where a setting's value comes from: a flag, a variable, the file, or the default."""
+    if name in flags:
+        return f"--{name.replace('_', '-')}"
     if PREFIX + name.upper() in (variable.upper() for variable in os.environ):
         return PREFIX + name.upper()
     return f"{settings_file()}: {name}" if name in in_file() else "default"

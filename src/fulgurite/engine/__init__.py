@@ -1,7 +1,7 @@
 """Jobs to pictures: one thread that owns the weights and the device, and draws all jobs together step by step."""
 
 from fulgurite.engine.engine import Engine
-from fulgurite.engine.loading import Loader, usable_device
+from fulgurite.engine.loading import Loader
 from fulgurite.engine.runner import Load, Runner, Stages
 
-__all__ = ["Engine", "Load", "Loader", "Runner", "Stages", "usable_device"]
+__all__ = ["Engine", "Load", "Loader", "Runner", "Stages"]

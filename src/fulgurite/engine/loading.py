@@ -10,37 +10,37 @@ from importlib.util import find_spec
 import torch
 
 from fulgurite.cards import Card, card
-from fulgurite.errors import FulguriteError
+from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
 
 
 def usable_device(name: str) -> str:
-    """The device that a setting names, "auto" a GPU where there is one. Raises FulguriteError."""
+    """The device that a setting names, "auto" a GPU where there is one. Raises SettingError."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
-        raise FulguriteError(f"FULGURITE_DEVICE: cannot compute on {device!r} here: {why}") from None
+        raise SettingError("device", f"cannot compute on {device!r} here: {why}") from None
     return device
 
 
 def usable_kernels(wanted: bool, device: str) -> bool:
-    """Whether networks are to run on Triton's kernels: if that is wanted. Raises FulguriteError where they cannot."""
+    """Whether networks are to run on Triton's kernels: if that is wanted. Raises SettingError where they cannot."""
     if wanted and not (device.startswith("cuda") and find_spec("triton")):
-        raise FulguriteError(f"FULGURITE_TRITON_KERNELS: they need an NVIDIA GPU and Triton; the device is {device!r}.")
+        raise SettingError("triton_kernels", f"they need an NVIDIA GPU and Triton; the device is {device!r}.")
     return wanted
 
 
 def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
-    """The numbers that a setting names, and whether large linear layers are in int8. Raises FulguriteError."""
+    """The numbers that a setting names, and whether large linear layers are in int8. Raises SettingError."""
     if name == "int8" and not (device == "cpu" and torch.cpu._is_vnni_supported()):
         found = "this one has none" if device == "cpu" else f"the device is {device!r}"
-        raise FulguriteError(f"FULGURITE_PRECISION: int8 needs a CPU with AVX-512 VNNI, and {found}.")
+        raise SettingError("precision", f"int8 needs a CPU with AVX-512 VNNI, and {found}.")
     if name == "float16" and device == "cpu":
-        raise FulguriteError("FULGURITE_PRECISION: float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
+        raise SettingError("precision", "float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
     return usual_dtype(device) if name in ("auto", "int8") else getattr(torch, name), name == "int8"
 
 
@@ -69,14 +69,17 @@ class Loader:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Loader":
-        """Raises FulguriteError where this machine cannot do what they say."""
-        device = usable_device(settings.device)
-        return cls(
-            device,
-            int(settings.unet_gb * 1e9) if settings.unet_gb else None,
-            precision=settings.precision,
-            triton_kernels=usable_kernels(settings.triton_kernels, device),
-        )
+        """Raises FulguriteError where this machine cannot do what they say; it names the flag, variable or file."""
+        try:
+            device = usable_device(settings.device)
+            return cls(
+                device,
+                int(settings.unet_gb * 1e9) if settings.unet_gb else None,
+                precision=settings.precision,
+                triton_kernels=usable_kernels(settings.triton_kernels, device),
+            )
+        except SettingError as error:
+            raise FulguriteError(f"{settings.origin(error.setting)}: {error.why}") from None
 
     @property
     def precision(self) -> str:

@@ -17,7 +17,7 @@ from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.webhooks import Webhooks
-from fulgurite.settings import Settings, origin
+from fulgurite.settings import Settings
 
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -37,7 +37,7 @@ class Service:
             card(name)  # a model that is not there is an error now, not at the first request
         for name in settings.fast_decoder:
             if "fast" not in card(name).decoders:
-                raise FulguriteError(f"{origin('fast_decoder')}: {name} has no fast decoder.")
+                raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
         self.demo = DEMO if settings.demo else {}
         self.metrics = Metrics(engine)
         self.webhooks = Webhooks(settings)
