@@ -1,12 +1,14 @@
 """Connections on real sockets: a thousand at once, slow, silent and dead ones, and a server that is told to stop."""
 
 import asyncio
+import importlib.util
 import json
 import multiprocessing
 import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import busy_server
 import httpx
 import pytest
 from conftest import HEADERS, KEY, FakeEngine, body, drawn
+from fastapi import FastAPI
 from PIL import Image
 
 from fulgurite import Picture, Request
@@ -224,6 +227,19 @@ def test_told_to_stop_it_finishes_what_runs(start: Start, ledger: Ledger) -> Non
     server.join(20)
     assert server.exitcode == -signal.SIGTERM  # uvicorn's way: raised again, at the end
     assert [entry.outcome for entry in ledger.entries()] == ["done", "done"]
+
+
+def test_a_system_without_bounds_of_files_listens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, which has no module ``resource``."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("listening_there", listening.__file__)
+    assert spec
+    assert spec.loader
+    there = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(there)
+    _, listener = there.server_for(FastAPI(), "127.0.0.1", 0, 1)
+    with listener:
+        connected(listener.getsockname()[1]).close()
 
 
 def refuses(port: int) -> bool:

@@ -160,6 +160,13 @@ def test_what_the_machine_lacks_is_an_error_that_says_who_asked_for_it(monkeypat
         Loader.from_settings(read_settings(device="cpu", precision="float16"))
 
 
+def test_where_the_system_does_not_tell_its_memory_a_setting_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    with pytest.raises(FulguriteError, match="FULGURITE_UNET_GB is needed"):
+        Loader.from_settings(read_settings(device="cpu"))
+    assert Loader.from_settings(read_settings(device="cpu", unet_gb=1)).device == "cpu"
+
+
 @needs_weights
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None:

@@ -147,4 +147,6 @@ def unet_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
 def half_the_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory // 2
+    if not hasattr(os, "sysconf"):  # Windows
+        raise FulguriteError("FULGURITE_UNET_GB is needed: this system does not say how much memory it has.")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,7 +1,6 @@
 """Connections: those of slow, silent and dead clients end by themselves, and the server stops within a bound."""
 
 import asyncio
-import resource
 import socket
 import time
 from contextlib import suppress
@@ -57,15 +56,23 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def allow_many_files() -> None:
+    """Asks for all files that the system gives: a connection is one, and often only a thousand are allowed unasked."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such bound
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says that there is no bound, and takes no such number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tuple[Server, socket.socket]:
     """A server, and the socket that it shall run on, which takes connections from now on: who is early waits.
 
     Raises FulguriteError where it cannot have the address.
     """
-    # A connection is a file, of which systems often allow a thousand unless asked.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS says that there is no bound, and takes no such number
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_many_files()
     config = uvicorn.Config(
         app,
         host,
