@@ -298,6 +298,19 @@ def test_close_ends_everything_within_a_step() -> None:
         engine.submit(SPARK, FOX)
 
 
+def test_close_leaves_a_device_that_hangs_alone() -> None:
+    gate = Gate()
+    engine = engine_of(Blank(gate), hang_seconds=600)
+    job = engine.submit(SPARK, FOX)
+    assert gate.stepping.wait(20)
+    closer = threading.Thread(target=engine.close, args=(0.1,))
+    closer.start()
+    closer.join(20)
+    assert not closer.is_alive()
+    assert isinstance(job.exception(0), BusyError)
+    gate.open.set()
+
+
 def test_an_abort_storm_leaves_nothing_behind() -> None:
     """Four clients submit a thousand jobs each and cancel every other at random times, in either way there is."""
 

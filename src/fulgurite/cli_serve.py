@@ -80,7 +80,7 @@ def serve(
     except KeyboardInterrupt:
         pass
     finally:
-        engine.close()
+        engine.close(settings.shutdown_seconds)  # by now nobody waits for what it still draws
         ledger.close()
 
 

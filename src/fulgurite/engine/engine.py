@@ -110,15 +110,18 @@ class Engine:
                 return "starting"
             return "busy" if len(self._scheduler.waiting()) >= self._queue_size else "ready"
 
-    def close(self) -> None:
-        """Ends every job and the thread, after the stage that it is at."""
+    def close(self, seconds: float | None = None) -> None:
+        """Ends every job and the thread, after the stage that it is at.
+
+        That is waited for at most ``seconds``, or else ``hang_seconds``: a device that hangs is left alone.
+        """
         with self._changed:
             self._closed = True
             jobs = list(self._jobs.values())
             self._changed.notify_all()
         for job in jobs:
             self.cancel(job)
-        self._thread.join(self._hang_seconds)
+        self._thread.join(self._hang_seconds if seconds is None else seconds)
         self._watchdog.join()
 
     def _start(self) -> None:
