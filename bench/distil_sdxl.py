@@ -9,7 +9,6 @@ which any machine bears.
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import nn
 
+from fulgurite.benchmark import peak_memory
 from fulgurite.cards import Card
 from fulgurite.models import VAE, CLIPTextEncoder, UNet, UNetConfig
 from fulgurite.training import distil as distillation
@@ -90,9 +90,8 @@ def main() -> None:
         latents = np.random.default_rng(0).standard_normal((8, 4, size[1] // cell, size[0] // cell)).astype(np.float16)
         words = tuple(Words(config.eos_token_id) for config in of_model.text_encoders)
         ground = Ground(
-            of_model, folder / "unet.safetensors", words, nn.ModuleDict(dict(zip("ab", encoders, strict=True))),
-            random_network(VAE, of_model.vae, device), LatentSet(size, latents, ["a fox"] * 8), arguments.batch,
-            Run(device), torch.bfloat16, checkpointing=True,
+            of_model, folder / "unet.safetensors", words, encoders, random_network(VAE, of_model.vae, device),
+            LatentSet(size, latents, ["a fox"] * 8), arguments.batch, Run(device), torch.bfloat16, checkpointing=True,
         )  # fmt: skip
         guided = replace(SDXL[0], name="guided", rank=64, updates=arguments.steps + 1)
         judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=arguments.steps + 1)
@@ -116,17 +115,12 @@ def measured(plan: distillation.Distillation, ground: Ground, folder: Path) -> d
         distil(plan, ground, folder / "students", folder / "work")
     finally:
         Stage.update = update  # type: ignore[method-assign]
-    most = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {
         "objective": plan.objective,
         "batch": ground.batch,
         "seconds_a_step": round(seconds, 3),
-        "memory_gb": round(most / 1e9, 2),
+        "memory_gb": round(peak_memory(ground.run.device) / 1e9, 2),
     }
 
 

@@ -74,7 +74,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     folder = tmp_path_factory.mktemp("ground")
     write_tokenizer(folder)
     torch.manual_seed(0)
-    encoders = nn.ModuleDict({"text_encoder": CLIPTextEncoder(FIRST), "text_encoder_2": CLIPTextEncoder(SECOND)})
+    encoders = [CLIPTextEncoder(FIRST), CLIPTextEncoder(SECOND)]
     save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
     things = [Thing(name, (), "objects", "some", {"3d": i}) for i, name in enumerate(("rocket", "fox", "tulip"))]
     sprites = Sprites(things, np.full((3, SPRITE, SPRITE, 4), 255, np.uint8))

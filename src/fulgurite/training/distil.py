@@ -8,6 +8,7 @@ undistilled UNet; teachers are read with the loader that serves them.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,7 @@ class Ground:
     card: Card
     unet: Path  # the undistilled UNet's file
     tokenizers: tuple[Tokenizer, Tokenizer]
-    encoders: nn.ModuleDict
+    encoders: Sequence[nn.Module]  # of text
     vae: VAE  # for sheets of samples
     latents: LatentSet
     batch: int

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulgurite.cards import Card
 from fulgurite.models import VAE, UNet
@@ -122,8 +122,7 @@ class Judged:
         kind, wanted = ("held-out pairs", held_out) if pairs else ("held out", lambda _: True)
         self.scenes, rng = scenes_of(sprites, kind, count, wanted), random.Random("captions")
         self.captions = [caption(scene, rng) for scene in self.scenes]
-        encoders = nn.ModuleDict(dict(zip(("first", "second"), networks.text_encoders, strict=True)))
-        self.say = Sayer(networks.tokenizers, encoders, run.device)
+        self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
             self.said = torch.cat([self.reader.captions(tokenizer([text]))[1] for text in self.captions])
         reference = scenes_of(sprites, "reference", REFERENCE)

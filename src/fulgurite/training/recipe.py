@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
@@ -116,10 +115,10 @@ def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) ->
     networks = load_folder(model, of_model, run.device, torch.float32)
     data = Data.built(work, preset)
     latents = data.latents(networks.vae, of_model.native_shapes[0], preset.scenes, work)
-    encoders = nn.ModuleDict(dict(zip(("text_encoder", "text_encoder_2"), networks.text_encoders, strict=True)))
     ground = Ground(
-        of_model, model / UNET_FILE, networks.tokenizers, encoders, networks.vae, latents, preset.batch // 2, run
-    )
+        of_model, model / UNET_FILE, networks.tokenizers, networks.text_encoders, networks.vae, latents,
+        preset.batch // 2, run,
+    )  # fmt: skip
     distil_all(work, out, preset, ground)
 
 
@@ -208,6 +207,6 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
         save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
     fast_decoder(work, vae, square, out, preset, run)
     PartialState().wait_for_everyone()
-    tokenizers = tokenizer, tokenizer
-    ground = Ground(of_model, out / UNET_FILE, tokenizers, encoders, vae, square, preset.batch // 2, run)
+    tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
+    ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
     distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image, ImageOps
-from torch import nn
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError
@@ -64,10 +63,9 @@ def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) ->
     networks = load_files(files, of_model, run.device, torch.bfloat16)
     with PartialState().main_process_first():
         latents = picture_latents(pictures, networks.vae, SIZE, work / "latents")
-    encoders = nn.ModuleDict(dict(zip(("text_encoder", "text_encoder_2"), networks.text_encoders, strict=True)))
     ground = Ground(
-        of_model, files.unet, networks.tokenizers, encoders, networks.vae, latents, BATCH, run, torch.bfloat16,
-        checkpointing=True,
+        of_model, files.unet, networks.tokenizers, networks.text_encoders, networks.vae, latents, BATCH, run,
+        torch.bfloat16, checkpointing=True,
     )  # fmt: skip
     for plan in SDXL:
         distil(plan, ground, out, work / "distil")

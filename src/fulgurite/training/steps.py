@@ -36,15 +36,16 @@ class Conditions:
 class Sayer:
     """Captions to what the UNet is told of them."""
 
-    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: nn.ModuleDict, device: str) -> None:
-        self.tokenizers, self.encoders, self.device = tokenizers, encoders.requires_grad_(False).eval(), device
+    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[nn.Module], device: str) -> None:
+        self.tokenizers, self.device = tokenizers, device
+        self.encoders = [encoder.requires_grad_(False).eval() for encoder in encoders]
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], size: tuple[int, int]) -> Conditions:
         """``size``: width, height in pixels."""
         (first, _), (second, pooled) = (
             encoder(tokenizer(list(captions)).to(self.device))
-            for tokenizer, encoder in zip(self.tokenizers, self.encoders.values(), strict=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
         )
         width, height = size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)

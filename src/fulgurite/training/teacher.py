@@ -5,7 +5,6 @@ picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
 """
 
 import json
-import random
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import caption, no_caption
+from fulgurite.training.steps import seeded
 
 UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
@@ -100,8 +100,7 @@ def train_teacher(
         return F.mse_loss(v.float(), target)
 
     while stage.step < steps:
-        rng = random.Random(f"teacher {seed} {stage.number}")
-        torch.manual_seed(rng.getrandbits(63))
+        rng = seeded("teacher", seed, stage.number)
         square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
         chosen = latents[0] if square else rng.choice(latents[1:])
         clean, scenes = chosen.batch(batch, rng)
