@@ -43,9 +43,9 @@ from peers.works import WORKS, Work
 
 Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
-INT8 = "ours-int8"  # the embedded model's layers are all too small for it
-FAST = "ours-fast-decoder"
+FAST = ("ours-fast-decoder", "ours-int8-fast-decoder")
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
+INT8 = ("ours-int8", "ours-int8-fast-decoder")  # the embedded model's layers are all too small for it
 SETTLED = 0.1  # seconds, within which the threads of who ran before no longer spin for more to do
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
 
@@ -117,14 +117,14 @@ class Process:
 
 def suiting(name: str, work: Work) -> list[str]:
     """The ways that differ at a work, and can draw it beside another way on a machine of 24 GB."""
-    unsuited = LARGE if name.startswith("sdxl") else INT8
-    ways = [way for way in WAYS if way != unsuited]
-    return ways if work.card.fast_decoder else [way for way in ways if way != FAST]
+    unsuited = (LARGE,) if name.startswith("sdxl") else INT8
+    unsuited += () if work.card.fast_decoder else FAST
+    return [way for way in WAYS if way not in unsuited]
 
 
 def flops_of(way: str, work: Work) -> dict[str, int]:
     """A way's floating-point operations by part, with the decoder that it runs."""
-    return flop_counts(work.card, replace(work.request, decoder="fast") if way == FAST else work.request)
+    return flop_counts(work.card, replace(work.request, decoder="fast") if way in FAST else work.request)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

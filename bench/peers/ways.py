@@ -52,6 +52,7 @@ WAYS: dict[str, Callable[[Work], Way]] = {
     "ours": Ours,
     "ours-int8": partial(Ours, int8=True),
     "ours-fast-decoder": partial(Ours, decoder="fast"),
+    "ours-int8-fast-decoder": partial(Ours, int8=True, decoder="fast"),
     "diffusers-float32": diffusers(torch.float32),
     "diffusers-bfloat16": diffusers(torch.bfloat16, channels_last=True),
     "diffusers-compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),
