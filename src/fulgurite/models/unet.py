@@ -266,7 +266,8 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = EmbeddingMLP(widths[0], widths[0] * 4)
         self.add_embedding = EmbeddingMLP(config.pooled_dim + 6 * config.addition_time_embed_dim, widths[0] * 4)
-        self.shared_projection: nn.Module = nn.Identity()  # of the embedding, where blocks do not project it each for itself
+        # Of the embedding, for all blocks together; else each projects it for itself (fulgurite.kernels.fused).
+        self.shared_projection: nn.Module = nn.Identity()
         self.down_blocks = nn.ModuleList(DownBlock(i, config) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(i, config) for i in reversed(range(len(widths))))
