@@ -19,7 +19,7 @@ from fulgurite.training import evaluation, negatives, reader
 from fulgurite.training.evaluation import Judged, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
-from fulgurite.training.negatives import asked_for
+from fulgurite.training.negatives import shared_tags
 from fulgurite.training.recipe import students_in, students_inside
 from fulgurite.training.scenes import held_out, random_scene
 from fulgurite.training.sources import SPRITE, Sprites, Thing
@@ -97,35 +97,40 @@ def test_the_students_inside_are_those_that_the_card_serves() -> None:
     assert all(path.exists() for files in students_inside().values() for path in files.loras)
 
 
-def test_a_negative_prompt_names_what_its_prompt_shows() -> None:
-    for asked in asked_for(THINGS, "background, named", 20):
-        assert asked.captions[asked.right] == asked.prompt
-        assert [asked.element in text for text in asked.captions].index(True) == asked.right
-    for asked in asked_for(THINGS, "style, not named", 20):
-        assert asked.element not in asked.prompt
-        assert [asked.element in text for text in asked.captions] == [True, False]
+def test_negative_prompts_are_asked_where_tags_leave_a_choice() -> None:
+    tags = [("animal", "pet"), ("animal", "pet"), ("animal", "red", "red"), ("red",)]
+    assert shared_tags([Thing(str(i), of, "", "", {}) for i, of in enumerate(tags)]) == ["animal"]
 
 
-def test_negative_prompts_change_what_is_drawn_and_are_counted(
-    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("guided", [True, False])
+def test_what_a_negative_prompt_takes_away_is_counted(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guided: bool
 ) -> None:
-    """A judge that finds the element in all pictures drawn without the negative prompt, and in none with it."""
+    """A judge that sees a tulip where a seed's picture is as without the negative prompt, else by turns rose and fox.
+
+    So the rows with it would not fall to none if it were ignored.
+    """
+    names, flowers = ("fox", "rose", "tulip", "lily"), ("flower",)
+    things = [Thing(name, () if name == "fox" else flowers, "", "", {}) for name in names]
+    monkeypatch.setattr(judged, "sprites", Sprites(things, judged.sprites.pixels))
     shown: list[torch.Tensor] = []
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
         shown.append(pictures)
-        return torch.zeros(len(pictures), 1)
+        same = [torch.equal(now, plain) for now, plain in zip(pictures, shown[0], strict=True)]
+        return torch.eye(4)[[2 if same[i] else i % 2 for i in range(len(same))]]
 
-    monkeypatch.setattr(judged, "reader", SimpleNamespace(pictures=features))
-    monkeypatch.setattr(negatives, "likeliest", lambda judged, feature, asked: asked.right if len(shown) % 2 else -1)
-    unet = tmp_path / "unet.safetensors"
-    ways = [Way("teacher", unet, (), 2, guided=True), Way("student", unet, (), 2, guided=False)]
-    lines = negatives.negatives(judged, ways, 3).splitlines()[2:]
-    assert [line.split(" | ")[:4] for line in lines] == [
-        [f"| {way}", kind, "100%", "0%"] for way in ("teacher", "student") for kind in negatives.KINDS
+    reader = SimpleNamespace(pictures=features, captions=lambda ids: (None, ids), likeness=lambda seen, said: seen)
+    monkeypatch.setattr(judged, "reader", reader)
+    table = negatives.negatives(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided)], 4)
+    rows = [line.split(" | ")[:4] for line in table.splitlines()[2:]]
+    assert rows == [
+        ["| way, no negative prompt", "4", "100 % (51 to 100)", "100 % (51 to 100)"],
+        *(
+            [f"| way, strength {strength}", "4", "0 % (0 to 49)", "50 % (15 to 85)"]
+            for strength in ("3", "5", "9", "3, unrelated")
+        ),
     ]
-    without, with_it = shown[0::2], shown[1::2]
-    assert all(not torch.equal(a, b) for a, b in zip(without, with_it, strict=True))
 
 
 def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:

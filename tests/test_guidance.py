@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import LIGHTNING, SPARK
+from conftest import LIGHTNING, SPARK, needs_weights
 from small_sdxl import UNET, roughened
 
 from fulgurite import Pipeline, Request
@@ -111,6 +112,25 @@ def test_a_distilled_model_draws_the_published_request_and_heeds_its_negative_pr
     assert plain.image.tobytes() != low.image.tobytes()
     assert plain.image.tobytes() == zero.image.tobytes()
     assert any("negative_prompt had no effect" in note for note in zero.notes)
+
+
+@needs_weights
+def test_a_negative_prompt_takes_away_the_flower_that_would_be_drawn() -> None:
+    draw = Pipeline.load("fulgurite/spark-lightning", steps=4)
+
+    def pictures(prompt: str, negative: str = "") -> np.ndarray:
+        asked = Request(prompt, negative, width=256, height=256, num_steps=4, decoder="fast")
+        return np.stack([np.asarray(draw.draw(replace(asked, seed=seed)).image, float) for seed in range(3)])
+
+    flowers = {name: pictures(f"a {name}") for name in ("tulip", "rose", "sunflower")}
+
+    def far(from_flower: str, negative: str) -> float:
+        return float(np.abs(flowers[from_flower] - pictures("a flower", negative)).mean())
+
+    without = {name: far(name, "") for name in flowers}
+    drawn = min(without, key=without.__getitem__)
+    assert far(drawn, drawn) > 1.3 * without[drawn]
+    assert far(drawn, drawn) > 1.1 * far(drawn, "cat")
 
 
 @torch.inference_mode()

@@ -1,93 +1,125 @@
-"""Whether negative prompts work: how often what a prompt shows is still found where the negative prompt names it.
+"""Whether negative prompts work: where a prompt leaves open what is drawn, naming what it draws should take that away.
 
-Undistilled models are guided away from it by classifier-free guidance (arXiv 2207.12598), students by normalized
-attention guidance (arXiv 2505.21179), both as the pipeline does.
+Prompts are tags that several things share ("a flower"), the negative prompt names the thing that is drawn most often
+("tulip"), and the judge says what each picture shows. Noise is the same with and without the negative prompt, so one
+without effect leaves every share as it was. What the prompt itself names is not asked: then both predictions hold it,
+and there is no difference to be guided by. An unrelated thing's name tells how much any negative prompt disturbs.
+
+Undistilled models are guided by classifier-free guidance (arXiv 2207.12598), students by normalized attention guidance
+(arXiv 2505.21179), both as the pipeline does.
 """
 
 import random
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from fulgurite.models import AttentionGuidance
-from fulgurite.training.evaluation import BATCH, Judged, Way
+from fulgurite.models import AttentionGuidance, UNet
+from fulgurite.training.evaluation import Judged, Way
 from fulgurite.training.reader import seen
-from fulgurite.training.scenes import COLOURS, with_article
+from fulgurite.training.scenes import a_or_an
+from fulgurite.training.sources import Thing
 from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
-KINDS = "background, named", "style, not named"  # elements of prompts
+TAGS, SHARED = 15, 3  # at most so many tags, each of at least so many things
+OFTEN = 0.5  # a tag is asked about if one of its things is in this share of its pictures
+STRENGTHS = 3.0, 5.0, 9.0  # of guidance: what the API's 7.5, 15 and 30 stand for with the cards that there are
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt with an element, what names the element, and captions of which one has it."""
+@dataclass
+class Tally:
+    """What was found in pictures of several tags."""
 
-    prompt: str
-    element: str
-    captions: tuple[str, ...]
-    right: int  # of the captions, the one with the element
+    pictures: int = 0
+    avoided: int = 0  # show the thing that the negative prompt names
+    right: int = 0  # show some thing with the prompt's tag
+    seconds: float = 0.0  # of all steps, without decoding
+
+    def add(self, found: Sequence[Thing], seconds: float, tag: str, avoided: Thing) -> None:
+        self.pictures += len(found)
+        self.avoided += sum(thing is avoided for thing in found)
+        self.right += sum(tag in thing.tags for thing in found)
+        self.seconds += seconds
 
 
-def asked_for(names: Sequence[str], kind: str, count: int) -> list[Asked]:
-    """Prompts that name the background's colour, or that name no style and so are drawn in the commonest."""
-    rng, colours, found = random.Random(f"negative {kind}"), [colour for colour in COLOURS if colour != "white"], []
-    for _ in range(count):
-        subject, right = with_article(rng.choice(list(names)), rng), rng.randrange(len(colours))
-        if kind == "background, named":
-            captions = [f"{subject} on a {colour} background" for colour in colours]
-            found.append(Asked(captions[right], f"{colours[right]} background", (*captions, subject), right))
-        else:
-            found.append(Asked(subject, "3d", (f"{subject}, 3d", f"{subject}, flat"), 0))
-    return found
+def shared_tags(things: Sequence[Thing]) -> list[str]:
+    """The tags that the most things have."""
+    counted = Counter(tag for thing in things for tag in set(thing.tags))
+    return [tag for tag, count in counted.most_common(TAGS) if count >= SHARED]
+
+
+def plain(thing: Thing) -> str:
+    return thing.name.removesuffix(" face")
 
 
 @torch.no_grad()
-def still_found(judged: Judged, way: Way, asked: Sequence[Asked], negative: bool) -> tuple[float, float]:
-    """In what share of pictures the judge finds the element's caption likeliest, and the seconds that a picture took.
+def things_drawn(
+    judged: Judged, unet: UNet, way: Way, prompt: str, negative: str, strength: float, count: int
+) -> tuple[list[Thing], float]:
+    """What the judge finds in pictures of the first ``count`` seeds, of all things, and the seconds of the steps."""
+    card, things, shape = judged.card, judged.sprites.things, judged.card.native_shapes[0]
+    to, away = judged.say([prompt] * count, shape), judged.say([negative] * count, shape)
+    guide: Guidance = None
+    if way.guided:
+        guide = Guide(away, strength)
+    elif negative:
+        guide = AttentionGuidance(away.context, torch.full((count,), strength, device=away.context.device))
+    began = time.perf_counter()
+    latents = drawn(unet, card, shape, to, guide, range(count), way.steps).cpu()
+    seconds = time.perf_counter() - began
+    features = judged.reader.pictures(seen(decoded(judged.vae, latents.to(to.context.device))).cpu())
+    said = judged.reader.captions(judged.say.tokenizers[0]([f"a {plain(thing)}" for thing in things]))[1]
+    return [things[i] for i in judged.reader.likeness(features, said).argmax(dim=1)], seconds
 
-    Seconds are those of all steps, without decoding.
+
+def tallied(judged: Judged, way: Way, count: int) -> dict[str, Tally]:
+    """Without negative prompts, with them by strength, and with an unrelated thing's name; in turns, tag by tag.
+
+    Where tags draw no thing often enough to take it away, there is nothing.
     """
-    unet, card, shape = judged.network(way), judged.card, judged.card.native_shapes[0]
-    hits, seconds = 0, 0.0
-    for start in range(0, len(asked), BATCH):
-        rows = asked[start : start + BATCH]
-        to, away = (
-            judged.say(texts, shape) for texts in ([a.prompt for a in rows], [a.element * negative for a in rows])
-        )
-        guide: Guidance = None
-        if way.guided:
-            guide = Guide(away, card.guidance_strength)
-        elif negative:
-            guide = AttentionGuidance(away.context, torch.full((len(rows),), card.guidance_strength))
-        began = time.perf_counter()
-        latents = drawn(unet, card, shape, to, guide, range(start, start + len(rows)), way.steps)
-        seconds += time.perf_counter() - began
-        features = judged.reader.pictures(seen(decoded(judged.vae, latents)).cpu())
-        hits += sum(likeliest(judged, feature, a) == a.right for feature, a in zip(features, rows, strict=True))
-    return hits / len(asked), seconds / len(asked)
+    unet, things, usual = judged.network(way), judged.sprites.things, judged.card.guidance_strength
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    for tag in shared_tags(things):
+        prompt = a_or_an(tag)
+        found, seconds = things_drawn(judged, unet, way, prompt, "", usual, count)
+        avoided = max((thing for thing in things if tag in thing.tags), key=found.count)
+        if found.count(avoided) < OFTEN * count:
+            continue
+        tallies["no negative prompt"].add(found, seconds, tag, avoided)
+        unrelated = random.Random(tag).choice([thing for thing in things if tag not in thing.tags])
+        asked = [(f"strength {strength:g}", avoided, strength) for strength in STRENGTHS]
+        for name, negative, strength in (*asked, (f"strength {usual:g}, unrelated", unrelated, usual)):
+            found, seconds = things_drawn(judged, unet, way, prompt, plain(negative), strength, count)
+            tallies[name].add(found, seconds, tag, avoided)
+    return tallies
 
 
-def likeliest(judged: Judged, feature: Tensor, asked: Asked) -> int:
-    """The number of the caption that is likeliest for a picture's features ``[F]``."""
-    said = judged.reader.captions(judged.say.tokenizers[0](list(asked.captions)))[1]
-    return int(judged.reader.likeness(feature[None], said)[0].argmax())
+def share(hits: int, count: int) -> str:
+    """With its 95 % confidence interval (Wilson's, right near 0 and 1 too): over seeds, not over prompts."""
+    squared = 1.96**2
+    centre = (hits + squared / 2) / (count + squared)
+    half = 1.96 * (hits * (count - hits) / count + squared / 4) ** 0.5 / (count + squared)
+    return f"{100 * hits / count:.0f} % ({100 * (centre - half):.0f} to {100 * (centre + half):.0f})"
+
+
+def as_row(name: str, tally: Tally) -> str:
+    """A line of a Markdown table."""
+    shares = f"{share(tally.avoided, tally.pictures)} | {share(tally.right, tally.pictures)}"
+    return f"| {name} | {tally.pictures} | {shares} | {tally.seconds / tally.pictures:.3f} |"
 
 
 def negatives(judged: Judged, ways: Sequence[Way], count: int) -> str:
-    """A Markdown table of what negative prompts take away, and what they cost."""
-    names = [thing.name for thing in judged.sprites.things]
+    """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a tag."""
     rows = [
-        "| drawn by | element | found | with it as the negative prompt | seconds a picture |",
+        "| drawn by | pictures | show what is to be avoided | show what the prompt asks for | seconds a picture |",
         "|---|---|---|---|---|",
     ]
     for way in ways:
-        for kind in KINDS:
-            asked = asked_for(names, kind, count)
-            (without, cost), (with_it, more) = (still_found(judged, way, asked, negative) for negative in (False, True))
-            rows.append(f"| {way.name} | {kind} | {without:.0%} | {with_it:.0%} | {cost:.3f}, {more:.3f} |")
+        for name, tally in tallied(judged, way, count).items():
+            rows.append(as_row(f"{way.name}, {name}", tally))
             print(rows[-1], flush=True)
     table = "\n".join(rows) + "\n"
     (judged.folder / "negatives.md").write_text(table)

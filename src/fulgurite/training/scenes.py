@@ -163,10 +163,14 @@ def name_of(thing: Thing, rng: random.Random) -> str:
     return thing.name.removesuffix(" face") if rng.random() < 0.5 else thing.name
 
 
+def a_or_an(words: str) -> str:
+    return ("an " if words[0].lower() in "aeiou" else "a ") + words
+
+
 def with_article(words: str, rng: random.Random) -> str:
     pick = rng.random()
     if pick < 0.6:
-        return ("an " if words[0].lower() in "aeiou" else "a ") + words
+        return a_or_an(words)
     return words if pick < 0.9 else "the " + words
 
 
