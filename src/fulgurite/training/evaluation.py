@@ -10,12 +10,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.cards import Card
+from fulgurite.kernels import cpu
+from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
 from fulgurite.training.reader import rendered, scenes_of, seen, train_reader
@@ -31,6 +34,7 @@ AMONG = 100  # captions, of which one is right
 REFERENCE = 2000  # held-out renders that distances are to
 CHUNK = 250  # captions drawn and kept together
 BATCH = 50  # rows of the UNet's
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def found(likeness: Tensor, among: int = AMONG) -> np.ndarray:
@@ -116,7 +120,7 @@ class Judged:
         The networks are in half precision.
         """
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
-        self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        quick(self.vae, run)
         tokenizer = networks.tokenizers[0]
         self.reader = train_reader(sprites, tokenizer, card.text_encoders[0].vocab_size, folder / "reader", steps, run)
         kind, wanted = ("held-out pairs", held_out) if pairs else ("held out", lambda _: True)
@@ -180,7 +184,16 @@ class Judged:
 
     def network(self, way: Way) -> UNet:
         unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)
-        return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fuse(unet)
+        return quick(unet, self.run)
+
+
+def quick(network: Network, run: Run) -> Network:
+    """The network with the layers that serving has, in place."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if run.kind == "cpu":
+        cpu.accelerate(network)
+    return network
 
 
 @torch.no_grad()

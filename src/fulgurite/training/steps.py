@@ -67,7 +67,7 @@ def denoised(
     unet: UNet, x: Tensor, sigma: Tensor, timesteps: Tensor, to: Conditions, kind: str, guide: Guidance = None
 ) -> Tensor:
     """The clean latents ``[B, C, h, w]`` that the UNet sees in ``x``, at ``sigma`` and ``timesteps`` ``[B]``."""
-    own = unet.conv_in.weight.dtype if isinstance(unet, UNet) else x.dtype
+    own = next(unet.parameters()).dtype if isinstance(unet, UNet) else x.dtype
     scaled = scale_input(x, sigma).to(own, memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16):
         if not isinstance(guide, Guide):
