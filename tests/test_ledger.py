@@ -1,9 +1,11 @@
 """The ledger, the same tests on SQLite and on PostgreSQL."""
 
 import random
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from fulgurite.errors import CreditSpentError, LedgerError, UnknownKeyError
 from fulgurite.ledger import Ledger
+from fulgurite.ledger.database import log_ahead
 from fulgurite.ledger.tables import metadata
 from fulgurite.records import Answer, Entry, Key, Limits, Usage, now
 
@@ -253,6 +256,16 @@ def test_no_secret_is_in_the_database(opened: Callable[[], Ledger]) -> None:
 def test_the_migrations_make_the_tables_that_the_code_uses(books: Ledger) -> None:
     with books._engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_connections_that_open_a_new_file_together_wait_for_each_other(tmp_path: Path) -> None:
+    """SQLite itself waits for a lock, but not to change the journal's mode: in a few of hundreds it fails at once."""
+    with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        threading.Timer(0.2, other.execute, ["COMMIT"]).start()
+        with closing(sqlite3.connect(tmp_path / "new.db", timeout=0, isolation_level=None)) as connection:
+            log_ahead(connection)
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_servers_that_start_together_make_one_schema(opened: Callable[[], Ledger]) -> None:

@@ -1,5 +1,7 @@
 """The ledger's database: connections that fit SQLite and PostgreSQL, and the schema brought up to date."""
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from fulgurite.errors import LedgerError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+PATIENCE = 30  # seconds, that one SQLite connection waits for another
 MIGRATION_LOCK = 0x666C6772  # any number, the same in every server that shares a PostgreSQL
 
 
@@ -45,12 +48,12 @@ def connect(url: str) -> Engine:
 
 
 def on_sqlite(url: Any) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": PATIENCE, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: object) -> None:
         connection.isolation_level = None  # the driver begins no transactions of its own: `begin` below does
-        connection.execute("PRAGMA journal_mode = WAL")
+        log_ahead(connection)
         # Every commit reaches the disk: a picture that was delivered stays billed even if the power fails.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
@@ -62,6 +65,19 @@ def on_sqlite(url: Any) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def log_ahead(connection: sqlite3.Connection) -> None:
+    """Readers beside a writer. Connections that open a new file together take turns, for which SQLite does not wait."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def migrate(engine: Engine) -> None:
