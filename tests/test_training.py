@@ -210,6 +210,8 @@ while stage.step < 20:
     numbers = [2 * stage.step, 2 * stage.step + 1] if processes.num_processes == 1 else [stage.number]
     x = torch.cat([batch(number) for number in numbers])
     stage.update({"loss": (stage.networks["one"](x) - x.sum(1, keepdim=True)).square().mean()})
+processes.wait_for_everyone()
+processes.destroy_process_group()
 """
 
 

@@ -51,9 +51,13 @@ def timed(device: str, minutes: float) -> Iterator["Run"]:
     here = str(PartialState(cpu=device == "cpu").device)
     try:
         yield Run(here, time.monotonic() + 60 * minutes)
+        # Together: of several processes one that ended while another still wrote a file now and then aborted.
+        PartialState().wait_for_everyone()
     except TimeIsUpError as error:
         typer.echo(f"{error} The same command goes on there.")
         raise typer.Exit(3) from error
+    finally:
+        PartialState().destroy_process_group()
 
 
 @train.command()
