@@ -4,7 +4,9 @@ Each stands for a layer of fulgurite.models and differs from it in rounding alon
 network that has them cannot be saved, moved or trained.
 """
 
+import ctypes
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,23 @@ from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, U
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+MALLOPT_ARENA_MAX, MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -8, -1, -3  # glibc's malloc.h
+
+
+def keep_memory() -> None:
+    """Has glibc keep what large tensors leave for the next ones; else the system takes it back and clears it each time.
+
+    One heap for all threads, since only the first one's can hold large tensors. To be called while there is but one.
+    Without glibc nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(MALLOPT_ARENA_MAX, 1)
+        for threshold in (MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD):
+            mallopt(threshold, 2**31 - 1)  # bytes
+
+
+keep_memory()
 
 ops = torch.ops.mkldnn  # how torch's own compiler calls oneDNN
 
