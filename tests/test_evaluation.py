@@ -1,6 +1,5 @@
 """The evaluation: chunks that are drawn once, ways as the students' files say, negative prompts, held-out pairs."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,9 @@ from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.negatives import shared_tags
 from fulgurite.training.recipe import students_in, students_inside
-from fulgurite.training.scenes import held_out, random_scene
+from fulgurite.training.scenes import STYLE_WEIGHTS, held_out_style
 from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.training.styles import styles
 from fulgurite.weights import Networks
 
 CARD = replace(
@@ -134,11 +134,41 @@ def test_what_a_negative_prompt_takes_away_is_counted(
 
 
 def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:
-    plain = [random_scene(random.Random(number), sprites) for number in range(300)]
-    pairs = {(scene.things[0].thing.name, scene.style) for scene in plain if len(scene.things) == 1 and held_out(scene)}
+    pairs = {(thing.name, style) for thing in sprites.things if (style := held_out_style(thing))}
     assert 0 < len(pairs) <= len(THINGS) / 2
-    assert len({name for name, _ in pairs}) == len(pairs)  # each is shown in its other style
+    assert not {style for _, style in pairs} & STYLE_WEIGHTS.keys()
     training = [scene_at(sprites, (256, 256), number) for number in range(300)]
     seen = {(placed.thing.name, scene.style) for scene in training for placed in scene.things}
     assert not seen & pairs
     assert {name for name, _ in seen} == set(THINGS)
+
+
+def test_styles_that_come_are_counted(judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that goes by the darkest of a picture: each pair's sprite is a grey of its own.
+
+    But held-out pairs are as dark as the pair of the same thing that is shown; and what is drawn is no pair at all.
+    """
+    things = [replace(thing, sprites={"3d": 2 * i, "flat": 2 * i + 1}) for i, thing in enumerate(judged.sprites.things)]
+    greys = np.arange(2 * len(things)) * 8
+    for thing in things:
+        if style := held_out_style(thing):
+            greys[thing.sprites[style]] = greys[thing.sprites["3d"]]
+    pixels = np.broadcast_to(greys[:, None, None, None], (len(greys), SPRITE, SPRITE, 4)).astype(np.uint8)
+    pixels = np.concatenate([pixels[..., :3], np.full_like(pixels[..., :1], 255)], axis=-1)
+    monkeypatch.setattr(judged, "sprites", Sprites(things, pixels))
+
+    def likeness(darkest: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+        return -(darkest[:, None] - torch.arange(len(said)) * 8 / 127.5 + 1).abs()
+
+    reader = SimpleNamespace(
+        pictures=lambda x: x.amin(dim=(1, 2, 3)), captions=lambda ids: (None, ids), likeness=likeness
+    )
+    monkeypatch.setattr(judged, "reader", reader)
+    pairs = len([thing for thing in things if held_out_style(thing)])
+    rows = styles(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 3).splitlines()[2:]
+    assert [row.split(" (")[0] for row in rows[:2]] == [
+        f"| renders, held out | {pairs} | {3 * pairs} | 0 %",
+        f"| renders, shown | {pairs} | {3 * pairs} | 100 %",
+    ]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| way, held out", "| way, shown"]
+    assert (tmp_path / "evaluation/styles.md").read_text().splitlines()[2:] == rows

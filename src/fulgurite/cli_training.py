@@ -120,7 +120,6 @@ def evaluate(
     students: Annotated[Path | None, typer.Option(help="A folder of students; else those inside the package.")] = None,
     model: Model = EMBEDDED / "spark",
     prompts: Prompts = 2000,
-    held_out_pairs: Annotated[bool, typer.Option(help="Only things in styles that training kept them from.")] = False,
     preset: Named = "cpu",
     minutes: Minutes = inf,
 ) -> None:
@@ -130,7 +129,7 @@ def evaluate(
 
     with timed(amounts.device, minutes) as run:
         found = students_in(students, model / UNET_FILE) if students else students_inside()
-        evaluate_in(work, model, found, amounts, prompts, run, held_out_pairs)
+        evaluate_in(work, model, found, amounts, prompts, run)
 
 
 @train.command()

@@ -22,7 +22,7 @@ from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
 from fulgurite.training.reader import rendered, scenes_of, seen, train_reader
-from fulgurite.training.scenes import caption, held_out, render
+from fulgurite.training.scenes import caption, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.steps import Guide, Sayer, decoded, drawn
 from fulgurite.training.vae import to_pixels
@@ -76,6 +76,14 @@ def score(name: str, features: np.ndarray, hits: np.ndarray, reference: np.ndarr
     return Score(name, len(hits), (share, within), (frechet(features, reference), 1.96 * float(np.std(again))))
 
 
+def share(hits: int, count: int) -> str:
+    """With its 95 % confidence interval (Wilson's, right near 0 and 1 too): over seeds, not over prompts."""
+    squared = 1.96**2
+    centre = (hits + squared / 2) / (count + squared)
+    half = 1.96 * (hits * (count - hits) / count + squared / 4) ** 0.5 / (count + squared)
+    return f"{100 * hits / count:.0f} % ({100 * (centre - half):.0f} to {100 * (centre + half):.0f})"
+
+
 @dataclass(frozen=True)
 class Way:
     """One way of drawing: a UNet, how many steps it takes, and whether with guidance."""
@@ -113,18 +121,13 @@ class Judged:
         count: int,
         steps: int,
         run: Run = HERE,
-        pairs: bool = False,
     ) -> None:
-        """``steps``: of the judge's training. ``pairs``: of things in the styles they were held out of training in.
-
-        The networks are in half precision.
-        """
+        """``steps``: of the judge's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         quick(self.vae, run)
         tokenizer = networks.tokenizers[0]
         self.reader = train_reader(sprites, tokenizer, card.text_encoders[0].vocab_size, folder / "reader", steps, run)
-        kind, wanted = ("held-out pairs", held_out) if pairs else ("held out", lambda _: True)
-        self.scenes, rng = scenes_of(sprites, kind, count, wanted), random.Random("captions")
+        self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
         self.captions = [caption(scene, rng) for scene in self.scenes]
         self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
@@ -170,17 +173,20 @@ class Judged:
         def draw(start: int, stop: int) -> Tensor:
             nonlocal unet
             unet = unet or self.network(way)
-            shape, pictures = self.card.native_shapes[0], []
+            pictures = []
             for first in range(start, stop, BATCH):
                 last = min(first + BATCH, stop)
-                to = self.say(self.captions[first:last], shape)
-                away = Guide(self.say([""] * (last - first), shape), self.card.guidance_strength)
-                guide = away if way.guided else None
-                latents = drawn(unet, self.card, shape, to, guide, range(first, last), way.steps)
-                pictures.append(seen(decoded(self.vae, latents)).cpu())
+                pictures.append(self.pictures(unet, way, self.captions[first:last], range(first, last)))
             return torch.cat(pictures)
 
         return draw
+
+    def pictures(self, unet: UNet, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """What a way's network draws of the prompts, as the judge sees it ``[N, 3, 64, 64]``."""
+        shape = self.card.native_shapes[0]
+        away = Guide(self.say([""] * len(prompts), shape), self.card.guidance_strength) if way.guided else None
+        latents = drawn(unet, self.card, shape, self.say(prompts, shape), away, seeds, way.steps)
+        return seen(decoded(self.vae, latents)).cpu()
 
     def network(self, way: Way) -> UNet:
         unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)

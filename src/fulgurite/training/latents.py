@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fulgurite.models import VAE
-from fulgurite.training.scenes import Scene, caption, held_out, random_scene, render
+from fulgurite.training.scenes import Scene, caption, render, training_scene
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
 
@@ -19,9 +19,8 @@ CHUNK = 32  # scenes encoded together
 
 
 def scene_at(sprites: Sprites, size: tuple[int, int], index: int) -> Scene:
-    """The data set's scene of this number: it depends on size and number alone. None shows a held-out pair."""
-    rng = random.Random(f"scene {size} {index}")
-    return next(scene for scene in iter(lambda: random_scene(rng, sprites, size), None) if not held_out(scene))
+    """The data set's scene of this number: it depends on size and number alone."""
+    return training_scene(random.Random(f"scene {size} {index}"), sprites, size)
 
 
 @torch.inference_mode()

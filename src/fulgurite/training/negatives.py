@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from fulgurite.models import AttentionGuidance, UNet
-from fulgurite.training.evaluation import Judged, Way
+from fulgurite.training.evaluation import Judged, Way, share
 from fulgurite.training.reader import seen
-from fulgurite.training.scenes import a_or_an
+from fulgurite.training.scenes import a_or_an, plain
 from fulgurite.training.sources import Thing
 from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
@@ -49,10 +49,6 @@ def shared_tags(things: Sequence[Thing]) -> list[str]:
     """The tags that the most things have."""
     counted = Counter(tag for thing in things for tag in set(thing.tags))
     return [tag for tag, count in counted.most_common(TAGS) if count >= SHARED]
-
-
-def plain(thing: Thing) -> str:
-    return thing.name.removesuffix(" face")
 
 
 @torch.no_grad()
@@ -95,14 +91,6 @@ def tallied(judged: Judged, way: Way, count: int) -> dict[str, Tally]:
             found, seconds = things_drawn(judged, unet, way, prompt, plain(negative), strength, count)
             tallies[name].add(found, seconds, tag, avoided)
     return tallies
-
-
-def share(hits: int, count: int) -> str:
-    """With its 95 % confidence interval (Wilson's, right near 0 and 1 too): over seeds, not over prompts."""
-    squared = 1.96**2
-    centre = (hits + squared / 2) / (count + squared)
-    half = 1.96 * (hits * (count - hits) / count + squared / 4) ** 0.5 / (count + squared)
-    return f"{100 * hits / count:.0f} % ({100 * (centre - half):.0f} to {100 * (centre + half):.0f})"
 
 
 def as_row(name: str, tally: Tally) -> str:

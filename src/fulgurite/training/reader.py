@@ -3,9 +3,7 @@
 Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures.
 """
 
-import itertools
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,10 +57,9 @@ def seen(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, (SIDE, SIDE), mode="area")
 
 
-def scenes_of(sprites: Sprites, kind: str, count: int, wanted: Callable[[Scene], bool] = lambda _: True) -> list[Scene]:
+def scenes_of(sprites: Sprites, kind: str, count: int) -> list[Scene]:
     """So many scenes of a kind that no training set has, each from a number of its own."""
-    scenes = (random_scene(random.Random(f"{kind} {i}"), sprites) for i in itertools.count())
-    return list(itertools.islice(filter(wanted, scenes), count))
+    return [random_scene(random.Random(f"{kind} {i}"), sprites) for i in range(count)]
 
 
 def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:

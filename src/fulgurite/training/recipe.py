@@ -22,6 +22,7 @@ from fulgurite.training.negatives import negatives
 from fulgurite.training.plans import PAPER, QUICK
 from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
+from fulgurite.training.styles import styles
 from fulgurite.training.teacher import train_teacher, train_tokenizer
 from fulgurite.training.text import train_text_encoders
 from fulgurite.training.vae import normalize_latents, refine_decoder, render_pictures, to_pixels, train_vae
@@ -32,9 +33,9 @@ from fulgurite.weights.load import load_folder, locate
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
-READER_STEPS = 500  # of the judge that evaluates
-NEGATIVES_OF = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts are evaluated
-NEGATIVES = 20  # pictures a prompt of theirs: about three minutes on two cores
+READER_STEPS = 1000  # of the judge that evaluates
+LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts and styles are evaluated
+EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Preset:
     """How much of everything, for one kind of machine."""
 
     device: str
-    small: bool  # two styles of the commonest things, instead of all
+    small: bool  # four styles of the commonest things, instead of all
     things: frozenset[str] | None  # the scenes hold these alone; None: all
     vae_steps: int
     scenes: int
@@ -56,8 +57,8 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=6000, text_steps=1500, teacher_steps=5000, batch=32,
-        decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
+        "cpu", True, FIRST, vae_steps=6500, scenes=8000, text_steps=2000, teacher_steps=5500, batch=32,
+        decoder_steps=800, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
@@ -164,18 +165,17 @@ def students_inside() -> dict[int, Files]:
     return {n: locate(lightning, n) for n in sorted(lightning.schedules, reverse=True)}
 
 
-def evaluate_in(
-    work: Path, model: Path, students: dict[int, Files], preset: Preset, count: int, run: Run, pairs: bool = False
-) -> None:
+def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Preset, count: int, run: Run) -> None:
     """Prints what the model in a folder and its students get, and keeps it in ``work``."""
     of_model = card(MODEL)
     networks = load_folder(model, of_model, run.device, torch.bfloat16)
     sprites = Data.built(work, preset).sprites
-    folder = work / ("evaluation-pairs" if pairs else "evaluation")
-    judged = Judged(of_model, networks, sprites, folder, count, READER_STEPS, run, pairs)
+    judged = Judged(of_model, networks, sprites, work / "evaluation", count, READER_STEPS, run)
     ways = ways_of(model / UNET_FILE, students)
     evaluate(judged, ways)
-    negatives(judged, [way for way in ways if way.name in NEGATIVES_OF], NEGATIVES)
+    closer = [way for way in ways if way.name in LOOKED_INTO]
+    styles(judged, closer, EACH)
+    negatives(judged, closer, EACH)
 
 
 def train(work: Path, out: Path, preset: Preset, run: Run) -> None:

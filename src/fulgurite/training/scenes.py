@@ -89,17 +89,24 @@ def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (
     return Scene(tuple(placed), style, background, size)
 
 
-def held_out(scene: Scene) -> bool:
-    """Whether a thing of the scene is in the one style that training never shows it in.
+def held_out_style(thing: Thing) -> str | None:
+    """The style that training never shows the thing in, if there is one.
 
-    One thing in six is held out of one of its styles, so that drawing it so shows what a model puts together itself.
+    One thing in six has one, so that drawing it so shows what a model puts together itself. It is never the commonest
+    style, since that is what a prompt without a style asks for.
     """
+    number, styles = zlib.crc32(thing.name.encode()), sorted(thing.sprites.keys() - STYLE_WEIGHTS.keys())
+    return styles[number // 6 % len(styles)] if number % 6 == 0 and len(thing.sprites) > 1 else None
 
-    def kept_from(thing: Thing) -> str | None:
-        number, styles = zlib.crc32(thing.name.encode()), sorted(thing.sprites)
-        return styles[number // 6 % len(styles)] if number % 6 == 0 and len(styles) > 1 else None
 
-    return any(kept_from(placed.thing) == scene.style for placed in scene.things)
+def held_out(scene: Scene) -> bool:
+    """Whether a thing of the scene is in the style that it is held out of."""
+    return any(held_out_style(placed.thing) == scene.style for placed in scene.things)
+
+
+def training_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (256, 256)) -> Scene:
+    """One scene without any held-out pair of thing and style."""
+    return next(scene for scene in iter(lambda: random_scene(rng, sprites, size), None) if not held_out(scene))
 
 
 def weight(thing: Thing) -> int:
@@ -153,6 +160,10 @@ def render(scene: Scene, sprites: Sprites) -> np.ndarray:
     return np.array(canvas)
 
 
+def plain(thing: Thing) -> str:
+    return thing.name.removesuffix(" face")
+
+
 def name_of(thing: Thing, rng: random.Random) -> str:
     """The thing's name, or now and then another word for it."""
     pick = rng.random()
@@ -160,7 +171,7 @@ def name_of(thing: Thing, rng: random.Random) -> str:
         return rng.choice(SYNONYMS[thing.name])
     if pick < 0.4 and thing.tags:
         return rng.choice(thing.tags)
-    return thing.name.removesuffix(" face") if rng.random() < 0.5 else thing.name
+    return plain(thing) if rng.random() < 0.5 else thing.name
 
 
 def a_or_an(words: str) -> str:

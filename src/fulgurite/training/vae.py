@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fulgurite.models import VAE, VAEConfig
 from fulgurite.models.vae import Attention, ResnetBlock
 from fulgurite.training.loop import HERE, Run, Stage
-from fulgurite.training.scenes import random_scene, render
+from fulgurite.training.scenes import render, training_scene
 from fulgurite.training.sources import Sprites
 
 CROP = 96  # pixels: the network is convolutional, so parts of pictures teach it as much for less
@@ -33,7 +33,7 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
 def render_pictures(sprites: Sprites, count: int, seed: str) -> np.ndarray:
     """Scenes as pictures ``[N, 256, 256, 3]``, uint8."""
     rng = random.Random(seed)
-    return np.stack([render(random_scene(rng, sprites), sprites) for _ in range(count)])
+    return np.stack([render(training_scene(rng, sprites), sprites) for _ in range(count)])
 
 
 def crops(rng: random.Random, pictures: np.ndarray, count: int) -> Tensor:

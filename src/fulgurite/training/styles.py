@@ -1,0 +1,81 @@
+"""Whether styles carry over: things drawn in a style that training never showed them in, asked for by name.
+
+Beside them the same things in the styles that it did show, and renders of both, which are the judge's ceiling.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fulgurite.models import UNet
+from fulgurite.training.evaluation import Judged, Way, share
+from fulgurite.training.reader import rendered
+from fulgurite.training.scenes import Placed, Scene, a_or_an, held_out_style, plain
+from fulgurite.training.sources import SPRITE, Thing
+
+Pair = tuple[Thing, str]  # a thing and a style
+
+
+def asked(pair: Pair) -> str:
+    thing, style = pair
+    return f"{a_or_an(plain(thing))}, {style}"
+
+
+def pairs_by_kind(things: Sequence[Thing]) -> dict[str, list[Pair]]:
+    """Of the things that are held out of a style: that pair, and those that training shows."""
+    kinds: dict[str, list[Pair]] = {"held out": [], "shown": []}
+    for thing in things:
+        if apart := held_out_style(thing):
+            for style in thing.sprites:
+                kinds["held out" if style == apart else "shown"].append((thing, style))
+    return kinds
+
+
+def renders(judged: Judged, pair: Pair, count: int) -> Tensor:
+    """Renders of a thing in a style on white, as the judge sees them."""
+    (thing, style), rng = pair, random.Random(asked(pair))
+    sides = [rng.uniform(0.85, 0.89) for _ in range(count)]
+    placed = [Placed(thing, thing.sprites[style], None, (0.5, 0.5), side) for side in sides]
+    return rendered([Scene((each,), style, ("white",), (SPRITE, SPRITE)) for each in placed], judged.sprites)
+
+
+def pictures(judged: Judged, unet: UNet, way: Way, pair: Pair, count: int) -> Tensor:
+    """Pictures of the first ``count`` seeds, as the judge sees them."""
+    return judged.pictures(unet, way, [asked(pair)] * count, range(count))
+
+
+@torch.no_grad()
+def styles(judged: Judged, ways: Sequence[Way], count: int) -> str:
+    """A Markdown table of how often the judge sees the pair that was asked for; ``count``: pictures a pair.
+
+    Of all things in all their styles, and of the thing's own styles alone.
+    """
+    kinds = pairs_by_kind(judged.sprites.things)
+    known = [(thing, style) for thing in judged.sprites.things for style in thing.sprites]
+    said = judged.reader.captions(judged.say.tokenizers[0]([asked(pair) for pair in known]))[1]
+    rows = [
+        "| drawn by | pairs | pictures | show the pair | of the thing's styles, show this one |",
+        "|---|---|---|---|---|",
+    ]
+
+    def add(name: str, draw: Callable[[Pair], Tensor]) -> None:
+        for kind, pairs in kinds.items():
+            right, styled = 0, 0
+            for pair in pairs:
+                likeness = judged.reader.likeness(judged.reader.pictures(draw(pair)), said)
+                own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
+                right += sum(known[i] == pair for i in likeness.argmax(dim=1))
+                styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))
+            shares = f"{share(right, count * len(pairs))} | {share(styled, count * len(pairs))}"
+            rows.append(f"| {name}, {kind} | {len(pairs)} | {count * len(pairs)} | {shares} |")
+            print(rows[-1], flush=True)
+
+    add("renders", partial(renders, judged, count=count))
+    for way in ways:
+        add(way.name, partial(pictures, judged, judged.network(way), way, count=count))
+    table = "\n".join(rows) + "\n"
+    (judged.folder / "styles.md").write_text(table)
+    return table
