@@ -100,6 +100,7 @@ def test_the_command(tiny: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--size", "12"], "--size"),
         (["--steps", "21"], "--steps"),
         (["--rounds", "0"], "--rounds"),
+        (["--decoder", "quick"], "--decoder"),
         (["--model", "nobody/nothing"], "no model 'nobody/nothing'"),
     ],
 )

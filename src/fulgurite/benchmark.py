@@ -1,6 +1,5 @@
 """What a picture costs on this machine, part by part: seconds, arithmetic, memory, money."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -107,10 +106,17 @@ def matrix_ceiling(device: str | torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def peak_memory(device: str | torch.device) -> int:
-    """The most bytes that this process has held: on a GPU those of its tensors, else its pages, mapped files' too."""
+def peak_memory(device: str | torch.device) -> int | None:
+    """The most bytes that this process has held: on a GPU those of its tensors, else its pages, mapped files' too.
+
+    None where the system does not say.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
