@@ -1,6 +1,7 @@
 """The evaluation: chunks that are drawn once, ways as the students' files say, negative prompts, held-out pairs."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,22 @@ def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Spr
     np.testing.assert_array_equal(np.load(chunks[1]), kept)
     table = (tmp_path / "evaluation/scores.md").read_text().splitlines()
     assert len(table) == 2 + 3
+
+
+def test_a_part_of_a_table_is_made_once_whatever_stops_a_run(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> list[str]:
+        made.append(name)
+        return [f"| {name} | 1 |"]
+
+    parts = {name: partial(make, name) for name in ("one", "two, twice")}
+    judged.table("things", ("name", "count"), {"one": parts["one"]})
+    with pytest.raises(TimeIsUpError, match="at two, twice of things"):
+        judge(sprites, tmp_path, Run(until=0)).table("things", ("name", "count"), parts)
+    table = judged.table("things", ("name", "count"), parts)
+    assert table.splitlines() == ["| name | count |", "|---|---|", "| one | 1 |", "| two, twice | 1 |"]
+    assert made == list(parts)
 
 
 def test_ways_are_what_the_files_say(tmp_path: Path) -> None:

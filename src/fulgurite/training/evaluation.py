@@ -7,7 +7,7 @@ themselves get is the ceiling.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -142,7 +142,7 @@ class Judged:
         chunks = []
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
-            path = self.folder / name.replace(",", "").replace(" ", "-") / f"{start}-{stop}.npy"
+            path = self.folder / as_file(name) / f"{start}-{stop}.npy"
             if not path.exists():
                 if self.run.over():
                     raise TimeIsUpError(f"The time is up, at picture {start} of {count} of: {name}.")
@@ -151,6 +151,22 @@ class Judged:
                     np.save(path, self.reader.pictures(pictures(start, stop)).numpy())
             chunks.append(np.load(path))
         return np.concatenate(chunks)
+
+    def table(self, name: str, head: Sequence[str], parts: Mapping[str, Callable[[], list[str]]]) -> str:
+        """A Markdown table, told as it comes and kept as ``name.md``. Its parts' rows are kept as chunks are."""
+        rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for part, make in parts.items():
+            path = self.folder / name / f"{as_file(part)}.md"
+            if not path.exists():
+                if self.run.over():
+                    raise TimeIsUpError(f"The time is up, at {part} of {name}.")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("\n".join(make()))
+            rows += path.read_text().splitlines()
+            print(path.read_text(), flush=True)
+        table = "\n".join(rows) + "\n"
+        (self.folder / f"{name}.md").write_text(table)
+        return table
 
     def score(self, name: str, pictures: Callable[[int, int], Tensor]) -> Score:
         features = self.kept(name, len(self.captions), pictures)
@@ -192,6 +208,10 @@ class Judged:
         unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)
         fuse(unet)
         return quick(unet, self.run)
+
+
+def as_file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
 
 
 def quick(network: Network, run: Run) -> Network:

@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -99,16 +100,11 @@ def as_row(name: str, tally: Tally) -> str:
     return f"| {name} | {tally.pictures} | {shares} | {tally.seconds / tally.pictures:.3f} |"
 
 
+def rows_of(judged: Judged, way: Way, count: int) -> list[str]:
+    return [as_row(f"{way.name}, {name}", tally) for name, tally in tallied(judged, way, count).items()]
+
+
 def negatives(judged: Judged, ways: Sequence[Way], count: int) -> str:
     """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a tag."""
-    rows = [
-        "| drawn by | pictures | show what is to be avoided | show what the prompt asks for | seconds a picture |",
-        "|---|---|---|---|---|",
-    ]
-    for way in ways:
-        for name, tally in tallied(judged, way, count).items():
-            rows.append(as_row(f"{way.name}, {name}", tally))
-            print(rows[-1], flush=True)
-    table = "\n".join(rows) + "\n"
-    (judged.folder / "negatives.md").write_text(table)
-    return table
+    head = "drawn by", "pictures", "show what is to be avoided", "show what the prompt asks for", "seconds a picture"
+    return judged.table("negatives", head, {way.name: partial(rows_of, judged, way, count) for way in ways})

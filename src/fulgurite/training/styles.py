@@ -4,7 +4,7 @@ Beside them the same things in the styles that it did show, and renders of both,
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -42,40 +42,37 @@ def renders(judged: Judged, pair: Pair, count: int) -> Tensor:
     return rendered([Scene((each,), style, ("white",), (SPRITE, SPRITE)) for each in placed], judged.sprites)
 
 
-def pictures(judged: Judged, unet: UNet, way: Way, pair: Pair, count: int) -> Tensor:
+def drawn_by(judged: Judged, way: Way, unet: UNet, pair: Pair, count: int) -> Tensor:
     """Pictures of the first ``count`` seeds, as the judge sees them."""
     return judged.pictures(unet, way, [asked(pair)] * count, range(count))
 
 
 @torch.no_grad()
+def rows_of(judged: Judged, way: Way | None, count: int) -> list[str]:
+    """Lines of the table for pictures that a way draws, or for renders."""
+    name = way.name if way else "renders"
+    look = partial(drawn_by, judged, way, judged.network(way)) if way else partial(renders, judged)
+    known = [(thing, style) for thing in judged.sprites.things for style in thing.sprites]
+    said = judged.reader.captions(judged.say.tokenizers[0]([asked(pair) for pair in known]))[1]
+    rows = []
+    for kind, pairs in pairs_by_kind(judged.sprites.things).items():
+        right, styled = 0, 0
+        for pair in pairs:
+            likeness = judged.reader.likeness(judged.reader.pictures(look(pair, count)), said)
+            own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
+            right += sum(known[i] == pair for i in likeness.argmax(dim=1))
+            styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))
+        total = count * len(pairs)
+        rows.append(f"| {name}, {kind} | {len(pairs)} | {total} | {share(right, total)} | {share(styled, total)} |")
+    return rows
+
+
 def styles(judged: Judged, ways: Sequence[Way], count: int) -> str:
     """A Markdown table of how often the judge sees the pair that was asked for; ``count``: pictures a pair.
 
     Of all things in all their styles, and of the thing's own styles alone.
     """
-    kinds = pairs_by_kind(judged.sprites.things)
-    known = [(thing, style) for thing in judged.sprites.things for style in thing.sprites]
-    said = judged.reader.captions(judged.say.tokenizers[0]([asked(pair) for pair in known]))[1]
-    rows = [
-        "| drawn by | pairs | pictures | show the pair | of the thing's styles, show this one |",
-        "|---|---|---|---|---|",
-    ]
-
-    def add(name: str, draw: Callable[[Pair], Tensor]) -> None:
-        for kind, pairs in kinds.items():
-            right, styled = 0, 0
-            for pair in pairs:
-                likeness = judged.reader.likeness(judged.reader.pictures(draw(pair)), said)
-                own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
-                right += sum(known[i] == pair for i in likeness.argmax(dim=1))
-                styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))
-            shares = f"{share(right, count * len(pairs))} | {share(styled, count * len(pairs))}"
-            rows.append(f"| {name}, {kind} | {len(pairs)} | {count * len(pairs)} | {shares} |")
-            print(rows[-1], flush=True)
-
-    add("renders", partial(renders, judged, count=count))
-    for way in ways:
-        add(way.name, partial(pictures, judged, judged.network(way), way, count=count))
-    table = "\n".join(rows) + "\n"
-    (judged.folder / "styles.md").write_text(table)
-    return table
+    head = "drawn by", "pairs", "pictures", "show the pair", "of the thing's styles, show this one"
+    parts = {"renders": partial(rows_of, judged, None, count)}
+    parts |= {way.name: partial(rows_of, judged, way, count) for way in ways}
+    return judged.table("styles", head, parts)
