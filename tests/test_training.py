@@ -25,6 +25,7 @@ from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
 from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, Stage, TimeIsUpError, learning_rate, save_network
+from fulgurite.training.preview import fit_preview
 from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
@@ -167,6 +168,19 @@ def test_normalizing_gives_latents_of_unit_scale_and_the_same_pictures() -> None
         torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(16), atol=1e-3, rtol=0)
         torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0)
         torch.testing.assert_close(vae.decode(latents), before, atol=1e-3, rtol=1e-3)
+
+
+def test_a_preview_is_the_linear_map_from_latents_to_their_cells_colours() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    latents, true = torch.randn(4, 5, 6, 8, generator=numbers), torch.randn(6, 3, generator=numbers)
+    cells = torch.einsum("nchw,cd->ndhw", latents, true[:-1]) + true[-1][:, None, None]
+    fine = cells.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    found, explained = fit_preview(latents, fine)
+    torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
+    assert explained == pytest.approx(1)
+    noise = cells.std() * torch.randn(cells.shape, generator=numbers)
+    noisy = fine + noise.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert fit_preview(latents, noisy)[1] == pytest.approx(0.5, abs=0.1)
 
 
 def test_an_encoder_kept_in_eight_bits_is_read_back_near_what_it_was(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
 from fulgurite.training.plans import PAPER, QUICK
+from fulgurite.training.preview import preview_lines
 from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.styles import styles
@@ -207,6 +208,7 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
         save_network(unet, out / UNET_FILE)
         # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
         save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
+        (out / "preview_rgb.toml").write_text(preview_lines(square, data.sprites), encoding="utf-8")  # for the card
     fast_decoder(work, vae, square, out, preset, run)
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
