@@ -111,9 +111,12 @@ def train_vae(
 
 
 def refine_decoder(
-    sprites: Sprites, vae: VAE, folder: Path, steps: int, run: Run = HERE, batch: int = 16, seed: int = 1
+    sprites: Sprites, vae: VAE, folder: Path, steps: int, run: Run = HERE, batch: int = 3, seed: int = 1
 ) -> VAE:
-    """Trains the decoder on, with the encoder as it is: latents made already, and what was learned from them, stand."""
+    """Trains the decoder on, with the encoder as it is: latents made already, and what was learned from them, stand.
+
+    On whole pictures: group norms see all of a picture at once, so a decoder that knows crops alone gets colours wrong.
+    """
     device = run.device
     torch.manual_seed(seed)
     decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
@@ -121,7 +124,8 @@ def refine_decoder(
     pictures = render_pictures(sprites, PICTURES, f"decoder {seed}") if stage.step < steps else np.empty(0)
     while stage.step < steps:
         rng = random.Random(f"decoder {seed} {stage.number}")
-        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pixels = to_pixels(pictures[rng.choices(range(len(pictures)), k=batch)])
+        pixels = pixels.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.autocast(run.kind, torch.bfloat16):
             with torch.no_grad():
                 mean, _ = vae.encode(pixels)
