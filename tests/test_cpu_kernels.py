@@ -202,7 +202,9 @@ def test_a_first_picture_needs_no_compiler():
 def test_what_large_tensors_leave_is_there_for_the_next_ones_in_every_thread():
     """Else the system clears each page anew: a fifth of the time of SDXL's decoder."""
     code = """
-import resource, threading, fulgurite.kernels.cpu, torch
+import resource, threading, torch
+from fulgurite.kernels import cpu
+cpu.keep_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(300 << 20, dtype=torch.uint8)

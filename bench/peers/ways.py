@@ -10,6 +10,7 @@ from PIL import Image
 
 from fulgurite import Pipeline
 from fulgurite.benchmark import draw_in_parts
+from fulgurite.kernels import cpu
 from fulgurite.pipeline import usual_dtype
 from peers.works import Work
 
@@ -23,6 +24,7 @@ class Way(Protocol):
 class Ours:
     def __init__(self, work: Work, int8: bool = False, **changes: Any) -> None:
         """With ``changes`` to the work's request; ``int8``: the UNet's large linear layers in 8 bits."""
+        cpu.keep_memory()  # as `fulgurite serve` and `generate` do
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
         self._pipeline.accelerate(int8)

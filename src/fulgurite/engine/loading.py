@@ -11,6 +11,7 @@ import torch
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
+from fulgurite.kernels import cpu
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
@@ -69,9 +70,14 @@ class Loader:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Loader":
-        """Raises FulguriteError where this machine cannot do what they say; it names the flag, variable or file."""
+        """The one of a program that draws; on a CPU its memory is arranged for that.
+
+        Raises FulguriteError where this machine cannot do what the settings say; it names the flag, variable or file.
+        """
         try:
             device = usable_device(settings.device)
+            if device == "cpu":
+                cpu.keep_memory()
             return cls(
                 device,
                 int(settings.unet_gb * 1e9) if settings.unet_gb else None,

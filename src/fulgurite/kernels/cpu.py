@@ -16,29 +16,27 @@ from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, U
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+ops = torch.ops.mkldnn  # how torch's own compiler calls oneDNN
+
+SCORES = 1 << 21  # of attention at a time: in half precision 4 MB, which stay in the cache
+FEW_SCORES = 1 << 14  # a head, up to which torch's own attention is quicker
+NARROW, SMALL = 12, 1024  # channels a group and pixels, below which a norm is quicker of planes
+
+
 MALLOPT_ARENA_MAX, MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -8, -1, -3  # glibc's malloc.h
 
 
 def keep_memory() -> None:
     """Has glibc keep what large tensors leave for the next ones; else the system takes it back and clears it each time.
 
-    One heap for all threads, since only the first one's can hold large tensors. To be called while there is but one.
-    Without glibc nothing changes.
+    For a program that draws, before it has a second thread: all threads share one heap, since only the first one's can
+    hold large tensors. Training would be slower. Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(MALLOPT_ARENA_MAX, 1)
         for threshold in (MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD):
             mallopt(threshold, 2**31 - 1)  # bytes
-
-
-keep_memory()
-
-ops = torch.ops.mkldnn  # how torch's own compiler calls oneDNN
-
-SCORES = 1 << 21  # of attention at a time: in half precision 4 MB, which stay in the cache
-FEW_SCORES = 1 << 14  # a head, up to which torch's own attention is quicker
-NARROW, SMALL = 12, 1024  # channels a group and pixels, below which a norm is quicker of planes
 
 
 class PackedLinear(nn.Module):

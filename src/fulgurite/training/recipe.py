@@ -58,7 +58,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=6500, scenes=8000, text_steps=2000, teacher_steps=5500, batch=32,
+        "cpu", True, FIRST, vae_steps=6500, scenes=8000, text_steps=2000, teacher_steps=4800, batch=32,
         decoder_steps=1200, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
