@@ -1,5 +1,7 @@
 """Draws docs/sheet.jpg: prompts with their pictures from the embedded model, each the first seed, none picked.
 
+The last four ask for things in styles that training never showed them in.
+
 python examples/sheet.py [docs/sheet.jpg]
 """
 
@@ -18,6 +20,8 @@ an apple | a banana | a pineapple | a slice of watermelon | a strawberry | grape
 a burger | a slice of pizza | a donut | a birthday cake on a pink background | a cup of coffee | a house | a castle
 a ufo | the sun | a moon on a black background | a snowman | a purple balloon | a football | a guitar | a robot
 a ghost | a green car | a fire truck | a plane | a sailboat on a teal background | an umbrella | a gift | a bee | a star
+a fox, sticker | a rocket, sticker | a house, cartoon | a robot, cartoon style
+a koala, sticker | a penguin, cartoon style | a snail, cartoon | a tulip, sticker
 """
 SIDE, COLUMNS, CAPTION = 128, 8, 26
 

@@ -58,8 +58,8 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=6500, scenes=8000, text_steps=2000, teacher_steps=4800, batch=32,
-        decoder_steps=1200, fast_decoder_steps=5500, distillations=QUICK,
+        "cpu", True, FIRST, vae_steps=1150, scenes=8000, text_steps=1500, teacher_steps=5000, batch=32,
+        decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
