@@ -28,6 +28,7 @@ class Ours:
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
         self._pipeline.accelerate(int8)
+        cpu.give_back_memory()
         self._request = replace(work.request, **changes)
 
     def draw(self) -> tuple[Image.Image, dict[str, float]]:

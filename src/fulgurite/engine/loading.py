@@ -111,6 +111,8 @@ class Loader:
                     cuda.accelerate(network)
             self._loaded[name] = pipeline
             self._make_room_for_base()
+            if self.device == "cpu":
+                cpu.give_back_memory()
             self._seconds[model] = time.monotonic() - started
         self._loaded.move_to_end(name)
         return self._loaded[name]

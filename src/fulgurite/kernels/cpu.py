@@ -7,6 +7,7 @@ network that has them cannot be saved, moved or trained.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,20 @@ def keep_memory() -> None:
     For a program that draws, before it has a second thread: all threads share one heap, since only the first one's can
     hold large tensors. Training would be slower. Without glibc nothing changes.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt := of_glibc("mallopt"):
         mallopt(MALLOPT_ARENA_MAX, 1)
         for threshold in (MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD):
             mallopt(threshold, 2**31 - 1)  # bytes
+
+
+def give_back_memory() -> None:
+    """Gives what is kept and not in use to the system: after loading, whose tensors of passage leave gigabytes."""
+    if trim := of_glibc("malloc_trim"):
+        trim(0)
+
+
+def of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 class PackedLinear(nn.Module):
