@@ -53,7 +53,7 @@ def bench(
         "parts": parts,
     }
     if price is not None:
-        report["dollars_a_thousand"] = dollars_a_thousand(parts[-1]["seconds"], price)
+        report |= {"price": price, "dollars_a_thousand": dollars_a_thousand(parts[-1]["seconds"], price)}
     show(report)
 
 
@@ -92,6 +92,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
     memory = f" Peak memory: {report['peak_memory'] / 1e9:.2f} GB." if report["peak_memory"] else ""
     console.print(f"The ceiling, matrix products: {report['ceiling'] / 1e9:.0f} GFLOP/s.{memory}")
-    if "dollars_a_thousand" in report:
-        console.print(f"1000 pictures: ${report['dollars_a_thousand']:.3f}; of the hosted API: ${HOSTED_DOLLARS:.2f}.")
+    if "price" in report:
+        cost = f"1000 pictures at ${report['price']:g} an hour: ${report['dollars_a_thousand']:.3f}"
+        console.print(f"{cost}; of the hosted API: ${HOSTED_DOLLARS:.2f}.")
     typer.echo(json.dumps(report | {"threads": torch.get_num_threads(), "torch": torch.__version__}))

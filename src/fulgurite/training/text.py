@@ -90,7 +90,6 @@ def train_text_encoders(
     steps: int,
     run: Run = HERE,
     batch: int = 96,
-    peak: float = 1.5e-3,
     seed: int = 0,
 ) -> nn.ModuleDict:
     """Trains in ``folder``, going on from its checkpoint; returns the averaged text_encoder and text_encoder_2."""
@@ -102,7 +101,7 @@ def train_text_encoders(
     networks = nn.ModuleDict(
         {"text_encoder": first, "text_encoder_2": second, "questions": questions, "sketch": sketch}
     )
-    stage = Stage(folder, networks, peak=peak, steps=steps, decay=0.995, run=run)
+    stage = Stage(folder, networks, peak=1.5e-3, steps=steps, decay=0.995, run=run)
     while stage.step < steps:
         rng = random.Random(f"text {seed} {stage.number}")
         clean, scenes = latents.batch(batch, rng)
