@@ -5,7 +5,8 @@
 A process for each way. The reference stays, and each of the others in turn draws beside it, a picture each and so on,
 so that whatever else the machine does slows both down; a ratio is the median of those of the rounds. A first picture,
 which pays for compiling, is not counted. What ran is printed as it ends; the last line is all of it as JSON, also where
-it is interrupted.
+it is interrupted. Where two ways do not fit into memory, --alone has the reference draw its pictures and leave before
+each of the others comes.
 """
 
 import argparse
@@ -67,19 +68,31 @@ def serve(way: str, work: str, options: dict[str, int], connection: Connection) 
 
 
 class Process:
-    """A way in a process of its own, warm. Raises RuntimeError, with what went wrong there."""
+    """A way in a process of its own, from its first picture until it is closed, and then again.
+
+    Raises RuntimeError, with what went wrong there.
+    """
 
     def __init__(self, way: str, work: str, options: dict[str, int], patience: float) -> None:
-        self.way, self.rounds, self._patience = way, Rounds(), patience
+        self.way, self.rounds = way, Rounds()
+        self._work, self._options, self._patience = work, options, patience
+        self._connection: Connection | None = None
+
+    def begin(self) -> None:
+        """Loads it all and draws the picture that is not counted."""
         context, started = multiprocessing.get_context("spawn"), time.perf_counter()
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(way, work, options, theirs), daemon=True)
+        told = self.way, self._work, self._options, theirs
+        self._process = context.Process(target=serve, args=told, daemon=True)
         self._process.start()
         theirs.close()
         _, self.picture, self.memory = self._answer()
         self.first = time.perf_counter() - started
 
     def draw(self) -> dict[str, float]:
+        if not self._connection:
+            self.begin()
+        assert self._connection
         time.sleep(SETTLED)
         self._connection.send("again")
         seconds, _, self.memory = self._answer()
@@ -87,6 +100,7 @@ class Process:
         return seconds
 
     def _answer(self) -> Any:
+        assert self._connection
         try:
             if not self._connection.poll(self._patience):
                 raise RuntimeError(f"{self.way}: nothing for {self._patience:.0f} s")
@@ -102,9 +116,12 @@ class Process:
         return answer
 
     def close(self) -> None:
-        self._connection.close()
-        self._process.join(10)
-        self._process.kill()
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+            self._process.join(10)
+            self._process.kill()
+            self._process.join()
 
     def summary(self) -> dict[str, Any]:
         """Medians with the lowest and the highest, in seconds; of what was drawn before counting, the first."""
@@ -143,23 +160,31 @@ def compare(
     print(f"\n{name}: {work.card.id}, {size}, {to.steps} steps; {tera:.3f} TFLOP", flush=True)
     ours = Process(given.reference, name, options, given.patience)
     ceilings, rows, failed = [], {}, {}
+
+    def draw_ours() -> dict[str, float]:
+        ceilings.append(matrix_ceiling("cpu", usual_dtype("cpu")))
+        return ours.draw()
+
     result = {"work": name, "size": size, "steps": to.steps, "flops": flops, "ways": rows, "failed": failed}
     results.append(result)
     print(f"{'':20}" + "".join(f"{column:>9}" for column in COLUMNS) + "   times as long as " + ours.way, flush=True)
     try:
+        if not given.alone:
+            ours.begin()
         for way in ways:
+            before = [draw_ours() for _ in range(given.rounds if given.alone else 0)]
+            if given.alone:
+                ours.close()
+            other = Process(way, name, options, given.patience)
+            ratios = []
             try:
-                other = Process(way, name, options, given.patience)
+                other.begin()
+                for i in range(given.rounds):
+                    one, two = before[i] if given.alone else draw_ours(), other.draw()
+                    ratios.append({part: two[part] / one[part] for part in COLUMNS})
             except RuntimeError as error:
                 failed[way] = str(error)
                 print(f"{way:20} failed: {error}", flush=True)
-                continue
-            ratios = []
-            try:
-                for _ in range(given.rounds):
-                    ceilings.append(matrix_ceiling("cpu", usual_dtype("cpu")))
-                    one, two = ours.draw(), other.draw()
-                    ratios.append({part: two[part] / one[part] for part in COLUMNS})
             finally:
                 other.close()
                 if ratios:
@@ -167,8 +192,7 @@ def compare(
                     rows[way] = other.summary() | {"ratios": middle, "psnr": psnr(ours.picture, other.picture)}
                     print(f"{way:20}" + "".join(f"{middle[column]:9.2f}" for column in COLUMNS), flush=True)
         while len(ours.rounds) < given.rounds:
-            ceilings.append(matrix_ceiling("cpu", usual_dtype("cpu")))
-            ours.draw()
+            draw_ours()
     finally:
         ours.close()
         rows[ours.way] = ours.summary()
@@ -209,6 +233,7 @@ def main() -> None:
     arguments.add_argument(
         "--reference", choices=WAYS, default="ours", metavar="WAY", help="whom the others are beside"
     )
+    arguments.add_argument("--alone", action="store_true", help="never two ways at a time")
     arguments.add_argument("--rounds", type=int, default=7, help="pictures of each way that are counted")
     arguments.add_argument("--steps", type=int, help="1, 2, 4 or 8; else 4 of the embedded model, 1 of SDXL's sizes")
     arguments.add_argument("--price", type=float, help="what an hour of this machine costs, in dollars")

@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import LIGHTNING
 from typer.testing import CliRunner
@@ -65,6 +66,49 @@ def test_ways_are_compared_by_what_each_computes(monkeypatch: pytest.MonkeyPatch
     compare.print_table(result, Namespace(price=None))
     for way, flops in result["flops"].items():
         assert result["ways"][way]["of_ceiling"]["decode"] == flops["decode"] / 1e9
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_ways_are_in_memory_together_unless_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    import compare
+
+    class Fake(compare.Process):
+        here, most = set[str](), 0
+
+        def begin(self) -> None:
+            self._connection, self.first, self.memory, self.picture = True, 1.0, 1, np.zeros(3)  # type: ignore[assignment]
+            Fake.here.add(self.way)
+            Fake.most = max(Fake.most, len(Fake.here))
+            if self.way == "openvino":
+                raise RuntimeError("openvino: no such library")
+
+        def draw(self) -> dict[str, float]:
+            if self.way not in Fake.here:
+                self.begin()
+            self.rounds.append(dict.fromkeys(compare.COLUMNS, 2.0 if self.way == "ours" else 3.0))
+            return self.rounds[-1]
+
+        def close(self) -> None:
+            Fake.here.discard(self.way)
+
+    monkeypatch.setattr(compare, "Process", Fake)
+    monkeypatch.setattr(compare, "matrix_ceiling", lambda *_: 1e9)
+    given = Namespace(reference="ours", rounds=2, patience=1, price=None, alone=alone)
+    results: list[dict] = []
+    ways = ["diffusers-bfloat16", "openvino", "diffusers-compiled"]
+    compare.compare("spark", compare.WORKS["spark"](), {}, ways, given, results)
+    assert Fake.most == (1 if alone else 2)
+    assert not Fake.here
+    rows = results[0]["ways"]
+    assert {way: row["rounds"] for way, row in rows.items()} == {
+        "diffusers-bfloat16": 2, "diffusers-compiled": 2, "ours": 6 if alone else 4,
+    }  # fmt: skip
+    assert rows["diffusers-compiled"]["ratios"][PICTURE] == 1.5
+    assert "no such library" in results[0]["failed"]["openvino"]
+    assert "failed: openvino: no such library" in capsys.readouterr().out
 
 
 def test_guidance_by_a_second_evaluation_costs_it(tiny: Pipeline) -> None:
