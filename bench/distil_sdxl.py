@@ -1,8 +1,8 @@
 """The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
 
-Ready for one GPU of 80 GB: small changes against squared error, then against a judge, as
-``fulgurite train distil-sdxl`` makes them. Writes 5 GB into a temporary folder. With --small the networks are small,
-which any machine bears.
+Ready for one GPU of 80 GB. Small changes by squared error and then, upon these, against a judge; last the plan's first
+stage as it is, a whole UNet by squared error, which may not fit. Writes 11 GB into a temporary folder. With --small the
+networks are small, which any machine bears.
 
     python bench/distil_sdxl.py [--small] [--batch 4] [--steps 5] [--folder /tmp]
 """
@@ -27,7 +27,7 @@ from fulgurite.training import distil as distillation
 from fulgurite.training.distil import Ground, distil
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, Stage
-from fulgurite.training.plans import SDXL
+from fulgurite.training.plans import RANK, SDXL
 from fulgurite.training.sdxl import SIZE, teacher_card
 
 SMALL = UNetConfig(
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="of each stage, the first not counted")
+    parser.add_argument("--steps", type=int, default=5, help="of each stage that are timed, after one that is not")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     arguments = parser.parse_args()
     device = str(PartialState().device)
@@ -93,31 +93,35 @@ def main() -> None:
             of_model, folder / "unet.safetensors", words, encoders, random_network(VAE, of_model.vae, device),
             LatentSet(size, latents, ["a fox"] * 8), arguments.batch, Run(device), torch.bfloat16, checkpointing=True,
         )  # fmt: skip
-        guided = replace(SDXL[0], name="guided", rank=64, updates=arguments.steps + 1)
-        judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=arguments.steps + 1)
-        for plan in (guided, judged):
+        updates = arguments.steps + 1
+        guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)
+        judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=updates)
+        for plan in (guided, judged, replace(SDXL[0], updates=updates)):
             print(json.dumps(measured(plan, ground, folder)), flush=True)
 
 
 def measured(plan: distillation.Distillation, ground: Ground, folder: Path) -> dict[str, object]:
-    """Seconds a step and the most memory of a stage's first steps; the first of all is not timed."""
+    """Seconds a step and the most memory of a stage's first steps, after one that is not timed; no checkpoints."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ends: list[float] = []
-    update = Stage.update
+    update, save = Stage.update, Stage.save
 
     def timed(stage: Stage, losses: dict[str, torch.Tensor]) -> None:
         update(stage, losses)  # its losses are read there, so a GPU is done by now
         ends.append(time.perf_counter())
 
-    Stage.update = timed  # type: ignore[method-assign]
+    told = {"objective": plan.objective, "learns": "small changes" if plan.rank else "the whole UNet"}
+    Stage.update, Stage.save = timed, lambda stage: None  # type: ignore[method-assign]
     try:
         distil(plan, ground, folder / "students", folder / "work")
+    except torch.OutOfMemoryError as error:
+        return told | {"batch": ground.batch, "failed": str(error)}
     finally:
-        Stage.update = update  # type: ignore[method-assign]
+        Stage.update, Stage.save = update, save  # type: ignore[method-assign]
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return {
-        "objective": plan.objective,
+    return told | {
         "batch": ground.batch,
         "seconds_a_step": round(seconds, 3),
         "memory_gb": round(peak_memory(ground.run.device) / 1e9, 2),

@@ -30,11 +30,11 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
-from fulgurite.models import CLIPTextConfig, UNetConfig, VAEConfig
+from fulgurite.models import CLIPTextConfig, UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import Row, smallest_batch, usual_dtype
 from fulgurite.request import plan
 from fulgurite.weights.lora import merged
-from peers.works import Work, sdxl
+from peers.works import Work, random_weights, sdxl
 from serving import STEPS, Bench, measured
 
 MODEL = "bytedance/stable-diffusion-xl-lightning"
@@ -59,12 +59,14 @@ class RandomWeights:
     def __init__(self, work: Work, device: str, dtype: torch.dtype) -> None:
         self.latents: dict[int, torch.Tensor] = {}
         self._pipelines = {}
-        with torch.device(device):
-            networks = work.networks(dtype)
-            for steps in work.card.schedules:
-                own = replace(networks, unet=work.networks(dtype).unet)
-                self._pipelines[steps] = Recorded(work.card, own, device, dtype)
-                self._pipelines[steps].latents = self.latents
+        networks = random_weights(work, dtype, device)
+        self.plain_unet = networks.unet
+        for steps in work.card.schedules:
+            own = replace(networks, unet=random_weights(work, dtype, device, seed=steps).unet)
+            self._pipelines[steps] = Recorded(work.card, own, device, dtype)
+            self._pipelines[steps].latents = self.latents
+        for pipeline in self._pipelines.values():
+            pipeline.accelerate()  # what all share is exchanged once: there is nothing left to exchange the next time
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         return self._pipelines[card(model).steps_for(steps)]
@@ -138,9 +140,9 @@ def step_times(load: RandomWeights, size: tuple[int, int]) -> list[dict[str, Any
     return found
 
 
-def switching(pipeline: Pipeline, folder: Path) -> dict[str, float]:
-    """Seconds, and the GB of one UNet, to put another checkpoint onto the device in either way."""
-    base, path, rank = pipeline.networks.unet.state_dict(), folder / "lora.safetensors", 64
+def switching(pipeline: Pipeline, unet: UNet, folder: Path) -> dict[str, float]:
+    """Seconds, and the GB of one UNet, to put another checkpoint of ``unet`` onto the device in either way."""
+    base, path, rank = unet.state_dict(), folder / "lora.safetensors", 64
     changes = {}
     for name, weight in base.items():
         if weight.ndim > 1:
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("same bits:", result["same_bits"], flush=True)
     result["step_ms"] = {f"{width}x{height}": step_times(load, (width, height)) for width, height in sizes}
     print("steps:", result["step_ms"], flush=True)
-    result["switching"] = switching(load(MODEL, 8), options.out)
+    result["switching"] = switching(load(MODEL, 8), load.plain_unet, options.out)
     print("switching:", result["switching"], flush=True)
     result["serving"] = measured(bench, options.loads, options.seconds, run=in_this_process)
     (options.out / "result.json").write_text(json.dumps(result, indent=1), "utf-8")

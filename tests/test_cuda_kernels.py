@@ -12,6 +12,7 @@ from fulgurite.models.layers import GroupNormSiLU
 
 pytest.importorskip("triton", reason="it is only made for Linux")
 
+from fulgurite.kernels import cuda
 from fulgurite.kernels.cuda import FUSED, PIXELS, accelerate, geglu, group_norm_silu
 
 # Against float64: the rounding of sums in float32; in half precision that of the output beside it: half a unit in the
@@ -119,6 +120,25 @@ def test_geglu_is_the_plain_one(rows, inner, dtype, scale):
     value, gate = both.double().chunk(2, dim=-1)
     wanted = value * torch.nn.functional.gelu(gate)
     close(geglu(both), wanted, dtype)
+
+
+def test_the_largest_pictures_fit_the_grid(monkeypatch):
+    """Of a launch's three axes CUDA gives the second and the third 65,535 places."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **sizes: None
+
+    for name in ("_sums_kernel", "_norm_silu_kernel"):
+        monkeypatch.setattr(cuda, name, Kernel())
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = torch.empty(16, 512, 2048, 2048, device="meta", dtype=torch.float16).to(memory_format=form)
+        cuda.group_norm_silu(x, 32, x, x, 1e-6)
+    assert len(grids) == 4
+    assert all(max(y, z) <= 65_535 for _, y, z in grids)
+    assert max(x for x, _, _ in grids) == 2048 * 2048 // 64
 
 
 def test_geglu_of_nothing():

@@ -20,9 +20,10 @@ from fulgurite.training.evaluation import Judged, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.negatives import shared_tags
-from fulgurite.training.recipe import students_in, students_inside
+from fulgurite.training.recipe import students_inside
 from fulgurite.training.scenes import held_out_style
 from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.training.students import students_in
 from fulgurite.training.styles import styles
 from fulgurite.weights import Networks
 
@@ -62,7 +63,8 @@ def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Spr
     way = Way("teacher, 2 steps", tmp_path / "unet.safetensors", (), 2, guided=True)
     whole = evaluate(judged, [way])
     assert [(s.name, s.pictures) for s in whole] == [("renders", 10), ("renders, autoencoded", 10), (way.name, 10)]
-    chunks = sorted((tmp_path / "evaluation/teacher-2-steps").iterdir())
+    [kept_in] = (tmp_path / "evaluation").glob("teacher-2-steps-*")
+    chunks = sorted(kept_in.iterdir())
     assert [path.name for path in chunks] == ["0-4.npy", "4-8.npy", "8-10.npy"]
     kept = np.load(chunks[1])
     chunks[1].unlink()
@@ -81,13 +83,25 @@ def test_a_part_of_a_table_is_made_once_whatever_stops_a_run(judged: Judged, spr
         made.append(name)
         return [f"| {name} | 1 |"]
 
-    parts = {name: partial(make, name) for name in ("one", "two, twice")}
-    judged.table("things", ("name", "count"), {"one": parts["one"]})
+    parts = {(name, "1a"): partial(make, name) for name in ("one", "two, twice")}
+    judged.table("things", ("name", "count"), {("one", "1a"): parts["one", "1a"]})
     with pytest.raises(TimeIsUpError, match="at two, twice of things"):
         judge(sprites, tmp_path, Run(until=0)).table("things", ("name", "count"), parts)
     table = judged.table("things", ("name", "count"), parts)
     assert table.splitlines() == ["| name | count |", "|---|---|", "| one | 1 |", "| two, twice | 1 |"]
-    assert made == list(parts)
+    assert made == ["one", "two, twice"]
+    judged.table("things", ("name", "count"), {("one", "2b"): partial(make, "one")})
+    assert made == ["one", "two, twice", "one"]  # of other weights
+
+
+def test_what_is_kept_of_other_weights_is_not_used(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+    way = Way("student, 2 steps", tmp_path / "unet.safetensors", (), 2, guided=False)
+    before = evaluate(judged, [way])
+    torch.manual_seed(1)
+    save_file(dict(roughened(UNet(UNET)).state_dict()), way.unet)
+    after = evaluate(judged, [way])
+    assert after[:2] == before[:2]
+    assert after[2] != before[2]
 
 
 def test_ways_are_what_the_files_say(tmp_path: Path) -> None:

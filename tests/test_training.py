@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from typer.testing import CliRunner
 
 from fulgurite.cards import card
 from fulgurite.cli import app
+from fulgurite.errors import FulguriteError
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoderConfig, Tokenizer, UNet, VAEConfig
 from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
 from fulgurite.training.fast_decoder import train_fast_decoder
-from fulgurite.training.latents import LatentSet
+from fulgurite.training.fingerprint import fingerprint
+from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, Stage, TimeIsUpError, learning_rate, save_network
 from fulgurite.training.preview import fit_preview
 from fulgurite.training.recipe import write_tokenizer
@@ -282,6 +286,49 @@ def test_a_built_folder_opens_with_the_things_asked_for(sprites: Sprites, tmp_pa
     (tmp_path / "things.json").write_text(json.dumps([asdict(thing) for thing in sprites.things]))
     assert Sprites.open(tmp_path).things == sprites.things
     assert [thing.name for thing in Sprites.open(tmp_path, frozenset({"fox"})).things] == ["fox"]
+    with pytest.raises(FulguriteError, match=f"{re.escape(str(tmp_path))} is without yak: delete it"):
+        Sprites.open(tmp_path, frozenset({"fox", "yak"}))
+
+
+def test_a_fingerprint_is_of_what_is_in_files_and_networks_not_of_where_they_are(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for path in (one, same, other):
+        path.write_text("words" if path != other else "other words")
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    layer, again = nn.Linear(2, 3).bfloat16(), nn.Linear(2, 3).bfloat16()
+    assert fingerprint(layer) != fingerprint(again)
+    again.load_state_dict(layer.state_dict())
+    assert fingerprint(layer, 1) == fingerprint(again, 1) != fingerprint(again, 2)
+
+
+def test_latents_of_other_things_or_of_another_autoencoder_are_made_anew(
+    sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fulgurite.training.latents.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr("fulgurite.training.latents.encode_scenes", lambda *_: np.zeros((2, 4, 8, 8)))
+    np.save(tmp_path / "sprites.npy", sprites.pixels)
+    (tmp_path / "things.json").write_text(json.dumps([asdict(thing) for thing in sprites.things]))
+    vae, made = VAE(SMALL_VAE).eval(), []
+    for names, autoencoder in ((None, vae), (None, vae), (frozenset({"fox"}), vae), (None, VAE(SMALL_VAE).eval())):
+        latents = build_latents(tmp_path, names, autoencoder, (64, 64), 2, tmp_path / "latents")
+        made.append(len(list((tmp_path / "latents").iterdir())))
+        assert latents.latents.shape[0] == len(latents.scenes) == 2
+    assert made == [1, 1, 2, 3]
+
+
+def test_several_processes_do_not_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would wait for others that do not evaluate."""
+    pytest.importorskip("resvg_py")
+    (tmp_path / "npm").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("fulgurite.training.recipe.train", lambda work, out, preset, run: None)
+    monkeypatch.setattr("fulgurite.cli_training.processes", lambda: 2)
+    trained = CliRunner().invoke(app, ["train", "recipe", str(tmp_path), "--out", "here/spark"])
+    assert trained.exit_code == 0
+    told = " ".join(trained.output.split())
+    assert f"train evaluate {tmp_path} --model here/spark --students here/spark-lightning" in told
+    refused = CliRunner().invoke(app, ["train", "evaluate", str(tmp_path)])
+    assert (refused.exit_code, "one process" in refused.output) == (1, True)
 
 
 def test_the_train_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

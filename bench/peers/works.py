@@ -33,7 +33,7 @@ def real_weights(work: Work, dtype: torch.dtype) -> Networks:
     return load_networks(work.card, work.request.num_steps, "cpu", dtype)
 
 
-def random_weights(work: Work, dtype: torch.dtype, device: str = "cpu") -> Networks:
+def random_weights(work: Work, dtype: torch.dtype, device: str = "cpu", seed: int = SEED) -> Networks:
     """Networks as they are before training, drawn in bfloat16 so that every precision has the same weights."""
 
     def drawn(build: Callable[[], nn.Module]) -> nn.Module:
@@ -44,7 +44,7 @@ def random_weights(work: Work, dtype: torch.dtype, device: str = "cpu") -> Netwo
         finally:
             torch.set_default_dtype(torch.float32)
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     first, second = work.card.text_encoders
     tokenizer = Tokenizer.from_folder(TOKENIZER, first.max_position_embeddings)
     return Networks(

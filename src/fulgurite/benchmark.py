@@ -22,13 +22,13 @@ class Laps:
     """A stopwatch that takes the time of one part after the other, with all the work that a device still has of it."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
         self.seconds: dict[str, float] = {}
         self._started = self._last = self._now()
 
     def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
     def lap(self, part: str, times: int = 1) -> None:

@@ -88,12 +88,13 @@ def generate(
         given["width"], given["height"] = parsed_size(size)
     checked(given)  # before torch is imported: a mistake is told at once
 
-    from fulgurite.cards import card
+    from fulgurite.cards import add, card
     from fulgurite.engine import Loader
     from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
     settings = read_settings(precision=precision)
+    add(settings.cards)
     shapes = card(model).native_shapes
     if size is None and shapes:
         given["width"], given["height"] = shapes[0]
@@ -185,9 +186,11 @@ def pull(
     lora: Annotated[bool, typer.Option("--lora", help="The small LoRA files, on SDXL's own UNet.")] = False,
 ) -> None:
     """Downloads a model's weights from the hub, into the hub's own cache."""
-    from fulgurite.cards import card
+    from fulgurite.cards import add, card
+    from fulgurite.settings import read_settings
     from fulgurite.weights import hub
 
+    add(read_settings().cards)
     of_model = card(model)
     asked = steps.split(",") if steps else list(of_model.weights.loras if lora else of_model.weights.unets)
     if not all(n.strip().isdecimal() for n in asked):
@@ -201,8 +204,10 @@ def models() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fulgurite.cards import cards
+    from fulgurite.cards import add, cards
+    from fulgurite.settings import read_settings
 
+    add(read_settings().cards)
     table = Table("id", "steps", "weights", box=None)
     for card in cards().values():
         steps = ", ".join(str(n) for n in card.schedules) or "1 to 20"

@@ -26,15 +26,17 @@ def bench(
     checked(given)  # before torch is imported: a mistake is told at once
 
     from fulgurite.benchmark import dollars_a_thousand, draw_in_parts, flop_counts, matrix_ceiling, peak_memory
-    from fulgurite.cards import card
+    from fulgurite.cards import add, card
     from fulgurite.engine import Loader
     from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
+    settings = read_settings(precision=precision)
+    add(settings.cards)
     if size is None and (shapes := card(model).native_shapes):
         given["width"], given["height"] = shapes[0]
     request = Request(**checked(given).model_dump())
-    loader = Loader.from_settings(read_settings(precision=precision))
+    loader = Loader.from_settings(settings)
     pipeline = loader(model, steps)
     draw_in_parts(pipeline, request)
     found = [draw_in_parts(pipeline, request)[1] for _ in range(rounds)]

@@ -49,11 +49,13 @@ def create(
     admin: Annotated[bool, typer.Option("--admin", help="It may manage keys, and see everyone's usage.")] = False,
 ) -> None:
     """Makes a key. Its secret is printed this once, alone on standard output."""
-    from fulgurite.cards import card
+    from fulgurite.cards import add, card
     from fulgurite.records import Limits
+    from fulgurite.settings import read_settings
 
     if not name or len(name) > 200:
         raise FulguriteError("NAME: 1 to 200 characters.")
+    add(read_settings().cards)
     for asked in model or ():
         card(asked)
     ends = expires.replace(tzinfo=UTC) if expires else None

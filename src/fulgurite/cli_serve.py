@@ -21,6 +21,7 @@ def serve(
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model to serve; may be repeated. Else all.")
     ] = None,
+    cards: Annotated[Path | None, typer.Option(help="A folder with the cards of models of your own.")] = None,
     fast_decoder: Annotated[
         list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
     ] = None,
@@ -52,11 +53,13 @@ def serve(
     """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
     given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}
 
+    from fulgurite.cards import add
     from fulgurite.ledger import open_ledger
     from fulgurite.server import DEMO, JSONLines, create_app, demo_notice, server_for
     from fulgurite.settings import read_settings
 
     settings = read_settings(**given)
+    add(settings.cards)
     ledger = open_ledger(settings)
     admit(settings, ledger)
     engine = engine_for(settings)

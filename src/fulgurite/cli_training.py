@@ -31,7 +31,7 @@ Model = Annotated[Path, typer.Option(help="The undistilled model's folder; else 
 def checked(preset: str) -> "Preset":
     """The preset of this name, on a machine that has what training needs."""
     if find_spec("resvg_py") is None:
-        raise FulguriteError("Training needs more packages: pip install 'fulgurite[train]'.")
+        raise FulguriteError("Training needs more packages: in the checkout, pip install -e '.[train]'.")
     if shutil.which("npm") is None:
         raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
     from fulgurite.training.recipe import PRESETS
@@ -60,6 +60,13 @@ def timed(device: str, minutes: float) -> Iterator["Run"]:
         PartialState().destroy_process_group()
 
 
+def processes() -> int:
+    """How many this run has: more than one by torchrun or accelerate launch."""
+    from accelerate import PartialState
+
+    return PartialState().num_processes
+
+
 @train.command()
 def recipe(
     work: Work,
@@ -72,14 +79,18 @@ def recipe(
     amounts = checked(preset)
     from accelerate import PartialState
 
-    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_in
+    from fulgurite.training.recipe import UNET_FILE, evaluate_in
     from fulgurite.training.recipe import train as run_stages
+    from fulgurite.training.students import students_in
 
+    students = out.with_name(f"{out.name}-lightning")
     with timed(amounts.device, minutes) as run:
         run_stages(work, out, amounts, run)
-        if PartialState().is_main_process:
-            students = students_in(out.with_name(f"{out.name}-lightning"), out / UNET_FILE)
-            evaluate_in(work, out, students, amounts, prompts, run)
+        if processes() == 1:
+            evaluate_in(work, out, students_in(students, out / UNET_FILE), amounts, prompts, run)
+        elif PartialState().is_main_process:
+            command = f"fulgurite train evaluate {work} --model {out} --students {students} --preset {preset}"
+            typer.echo(f"Trained. What came of it, by one process: {command}")
 
 
 @train.command()
@@ -125,9 +136,12 @@ def evaluate(
 ) -> None:
     """Prints how often an encoder of pictures and captions finds what was asked for, and how real pictures look."""
     amounts = checked(preset)
-    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_in, students_inside
+    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_inside
+    from fulgurite.training.students import students_in
 
     with timed(amounts.device, minutes) as run:
+        if processes() > 1:
+            raise FulguriteError("Evaluation is for one process: run it without torchrun or accelerate launch.")
         found = students_in(students, model / UNET_FILE) if students else students_inside()
         evaluate_in(work, model, found, amounts, prompts, run)
 

@@ -203,7 +203,7 @@ class Pipeline:
         # One at a time: on a CPU a decode costs the same a picture in any batch, and in a batch its bits may differ.
         pixels = self._decoded(row.x[None], row.request.decoder)[0]
         if not pixels.isfinite().all():
-            raise NotFiniteError("The network gave no numbers for this picture. Ask for another seed or fewer steps.")
+            raise NotFiniteError(no_numbers(self.dtype))
         return pixels
 
     def picture(self, row: Row, pixels: Tensor) -> Picture:
@@ -270,7 +270,19 @@ def usual_dtype(device: str) -> torch.dtype:
     """What a device computes fastest in without harm: half the bits, where its processor has instructions for them."""
     if device.startswith("cuda"):
         return torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    onednn = torch.backends.mkldnn.is_available()  # not in every build: torch's for Apple's processors may lack it
+    return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def no_numbers(dtype: torch.dtype) -> str:
+    """What may be done about a picture of infinities."""
+    told = "The network gave no numbers for this picture. Ask for another seed or fewer steps."
+    if dtype == torch.float16:
+        told += (
+            " If none of a model's pictures has any, its VAE may need a wider range, as SDXL's own does: set "
+            "precision to bfloat16 or float32, or name another file in its card, as vae_file."
+        )
+    return told
 
 
 def no_fast_decoder(card: Card, steps: int) -> WeightsError:

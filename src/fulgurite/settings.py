@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     keep_seconds: int = Field(86_400, ge=60, le=30 * 86_400)  # how long answers are kept for retries
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
+    cards: Path | None = None  # a folder with the cards of your own models; docs/training.md
     models: Annotated[tuple[str, ...], NoDecode] = ()  # ids served, separated by commas; none: all there are
     fast_decoder: Annotated[tuple[str, ...], NoDecode] = ()  # ids whose fast decoder is used unless a request says not
     demo: bool = False  # the embedded model answers for SDXL-Lightning

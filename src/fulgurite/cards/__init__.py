@@ -1,12 +1,13 @@
-"""Model cards: one TOML file a model. Adding a model is adding a card."""
+"""Model cards: one TOML file a model. Adding a model is adding a card: here, or in a folder of one's own."""
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from fulgurite.errors import UnknownModelError
+from fulgurite.errors import FulguriteError, UnknownModelError
 from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 
 
@@ -24,16 +25,17 @@ class Weights:
 
     source: str  # "embedded" in the package, pulled from the "hub", or "local": files of this machine
 
+    # Step counts to the files made for them. "_x0" in a UNet's name: it predicts the clean latent.
+    unets: dict[str, str] = field(default_factory=dict)  # not of "embedded"
+    loras: dict[str, str] = field(default_factory=dict)  # merged after the one that all share, lora_file
+
     # "hub"
     base: Repo | None = None  # the text encoders, the tokenizers, and the UNet that a LoRA is merged into
     vae: Repo | None = None
     fast_decoder: Repo | None = None
     distilled: Repo | None = None
-    unets: dict[str, str] = field(default_factory=dict)  # steps to the file made for them; "_x0" in a name: predicts x0
-    loras: dict[str, str] = field(default_factory=dict)
 
-    # "local"; "embedded" too has its path, and those of its LoRA files, inside the package: a step count's own file
-    # in loras is merged after the one that all share, lora_file
+    # "local"; "embedded" too has its path, and those of its LoRA files, inside the package
     path: str = ""  # a folder as diffusers publishes it, or a whole single file
     unet_file: str = ""  # instead of the UNet in path
     vae_file: str = ""  # instead of the VAE in path
@@ -104,10 +106,55 @@ def parse(text: str) -> Card:
 
 
 @cache
-def cards() -> dict[str, Card]:
-    """All cards by id, in the order of their file names."""
+def packaged() -> dict[str, Card]:
+    """The package's own cards by id, in the order of their file names."""
     files = sorted((f for f in resources.files(__name__).iterdir() if f.name.endswith(".toml")), key=lambda f: f.name)
     return {card.id: card for card in (parse(file.read_text(encoding="utf-8")) for file in files)}
+
+
+added: dict[str, Card] = {}  # by ``add``
+
+
+def add(folder: Path | None) -> None:
+    """Makes the cards of a folder known from now on, beside the package's. Paths in them start at the folder.
+
+    Raises FulguriteError that names the file which is no card, or whose id is another's.
+    """
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise FulguriteError(f"There is no folder {folder} of cards.")
+    found: dict[str, Card] = {}
+    for file in sorted(folder.glob("*.toml")):
+        try:
+            card = parse(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FulguriteError(f"{file} is no model's card: {error}.") from None
+        if card.id in packaged() or card.id in found:
+            raise FulguriteError(f"{file}: there is a model {card.id} already. Give it another id.")
+        found[card.id] = replace(card, weights=starting_at(folder, card.weights)) if local(card) else card
+    added.update(found)
+
+
+def local(card: Card) -> bool:
+    return card.weights.source == "local"
+
+
+def starting_at(folder: Path, weights: Weights) -> Weights:
+    """The same weights, their paths no longer relative."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {steps: placed(path) for steps, path in value.items()}
+        return str(folder.resolve() / value) if value else value
+
+    names = ("path", "unet_file", "vae_file", "fast_decoder_file", "lora_file", "tokenizers", "unets", "loras")
+    return replace(weights, **{name: placed(getattr(weights, name)) for name in names})
+
+
+def cards() -> dict[str, Card]:
+    """All cards by id: the package's, then those that were added."""
+    return packaged() | added
 
 
 def card(model: str) -> Card:

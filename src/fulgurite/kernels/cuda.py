@@ -48,7 +48,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
     Less that element the squares do not cancel where a group's mean is much larger than its deviation.
     """
-    row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    row, part, parts = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.num_programs(0)
     x += row * stride_b
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = (c // CHANNELS_A_GROUP * CHANNELS_A_GROUP).to(tl.int64)
@@ -84,10 +84,10 @@ def _norm_silu_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
 ):
     """One tile of the output, given each group's sums ``[B, G, 2]``."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     x += row * stride_b
     out += row * stride_b
-    pixel = tl.program_id(2) * BLOCK_P
+    pixel = tl.program_id(0) * BLOCK_P
     c, offsets, mask = _tile(channels, pixels, stride_c, stride_p, pixel, BLOCK_C, BLOCK_P)
     group, count = c // CHANNELS_A_GROUP, CHANNELS_A_GROUP * pixels
     sums = group_sums + (row * (channels // CHANNELS_A_GROUP) + group) * 2
@@ -119,34 +119,34 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     in_group = channels // groups
 
     sums = torch.empty(batch, channels, parts, 2, device=x.device, dtype=torch.float32)
-    grid = batch, of_channels, parts
-    _sums_kernel[grid](
-        x,
-        sums,
-        channels,
-        pixels,
-        *strides,
-        CHANNELS_A_GROUP=in_group,
-        PIXELS_A_PROGRAM=a_program,
-        BLOCK_C=block_c,
-        BLOCK_P=block_p,
-    )
-    group_sums = sums.view(batch, groups, in_group * parts, 2).sum(2)
-    grid = batch, of_channels, triton.cdiv(pixels, block_p)
-    _norm_silu_kernel[grid](
-        x,
-        out,
-        group_sums,
-        weight,
-        bias,
-        channels,
-        pixels,
-        *strides,
-        eps,
-        CHANNELS_A_GROUP=in_group,
-        BLOCK_C=block_c,
-        BLOCK_P=block_p,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
+        _sums_kernel[parts, of_channels, batch](
+            x,
+            sums,
+            channels,
+            pixels,
+            *strides,
+            CHANNELS_A_GROUP=in_group,
+            PIXELS_A_PROGRAM=a_program,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+        )
+        group_sums = sums.view(batch, groups, in_group * parts, 2).sum(2)
+        # Of a grid's axes the first alone has room for the tiles of a large picture: the others end at 65,535.
+        _norm_silu_kernel[triton.cdiv(pixels, block_p), of_channels, batch](
+            x,
+            out,
+            group_sums,
+            weight,
+            bias,
+            channels,
+            pixels,
+            *strides,
+            eps,
+            CHANNELS_A_GROUP=in_group,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+        )
     return out
 
 
@@ -167,7 +167,8 @@ def geglu(both: Tensor) -> Tensor:
     out = torch.empty(*rows, width // 2, device=both.device, dtype=both.dtype)
     if out.numel():
         grid = out.numel() // out.shape[-1], triton.cdiv(out.shape[-1], BLOCK)
-        _geglu_kernel[grid](both, out, out.shape[-1], BLOCK=BLOCK)
+        with torch.cuda.device_of(both):
+            _geglu_kernel[grid](both, out, out.shape[-1], BLOCK=BLOCK)
     return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fulgurite.cards import Card
+from fulgurite.errors import WeightsError
 from fulgurite.models import VAE, Tokenizer, UNet
 from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
@@ -133,20 +134,33 @@ class Ground:
     checkpointing: bool = False  # activations computed twice rather than kept: SDXL's do not fit otherwise
 
 
-def student_file(students: Path, name: str, whole: bool) -> Path:
-    """As SDXL-Lightning names its files: those with a step count for a name are ``4step_lora.safetensors``."""
-    return students / f"{name}{'step' * name.isdigit()}_{'unet' if whole else 'lora'}.safetensors"
+def student_file(students: Path, name: str, whole: bool, prediction: str | None = None) -> Path:
+    """As SDXL-Lightning names its files: ``4step_lora.safetensors``, ``1step_unet_x0.safetensors``.
+
+    The loader goes by the last part, so that a student that predicts the clean latent is served as it was trained.
+    """
+    kind, x0 = "unet" if whole else "lora", "_x0" * (prediction == "x0")
+    return students / f"{name}{'step' * name.isdigit()}_{kind}{x0}.safetensors"
+
+
+def finished_student(students: Path, name: str) -> tuple[Path, bool]:
+    """A student's file, and whether that is a whole UNet."""
+    for whole in (True, False):
+        for prediction in (None, "x0"):
+            if (path := student_file(students, name, whole, prediction)).exists():
+                return path, whole
+    raise WeightsError(f"There is no student {name} in {students}.")
 
 
 def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dtype | None = None) -> UNet:
     """The undistilled UNet with these students' changes, one upon the other; a whole UNet replaces what is beneath."""
     path, loras = ground.unet, list[Path]()
     for name in dict.fromkeys(name for name in names if name):
-        whole = student_file(students, name, whole=True)
-        if whole.exists():
-            path, loras = whole, []
+        file, whole = finished_student(students, name)
+        if whole:
+            path, loras = file, []
         else:
-            loras.append(student_file(students, name, whole=False))
+            loras.append(file)
     unet = load_unet(path, ground.card, ground.run.device, dtype or ground.dtype, loras)
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -171,7 +185,7 @@ def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, sche
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
     """Trains one student in ``folder``, going on from its checkpoint; writes the average to ``students`` as a file."""
-    path = student_file(students, plan.name, plan.rank is None)
+    path = student_file(students, plan.name, plan.rank is None, plan.prediction)
     if path.exists():
         return path
     torch.manual_seed(0)
@@ -212,20 +226,22 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
         unet = network(ground, students, plan.upon)
         lora = LoRA(unet, plan.rank).to(ground.run.device)
         if plan.start:
-            lora.load(student_file(students, plan.start, whole=False))
+            lora.load(finished_student(students, plan.start)[0])
         lora.attach(unet)
         networks = nn.ModuleDict({"student": lora})
     if plan.objective != "squared":
         judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
         networks["judge"] = Discriminator(judges, plan.objective == "conditional").to(ground.run.device)
     if ground.checkpointing:
-        for module in (unet, *networks.values()):
-            checkpoint_blocks(module)
+        checkpoint_blocks(nn.ModuleList([unet, networks]))
     return unet, networks
 
 
 def checkpoint_blocks(network: nn.Module) -> None:
-    """From here on each block's activations are computed again on the way back (Chen et al., arXiv 1604.06174)."""
+    """From here on each block's activations are computed again on the way back (Chen et al., arXiv 1604.06174).
+
+    Each is found once, also where two of the network's parts share it.
+    """
     for module in network.modules():
         if isinstance(module, ResnetBlock | TransformerBlock):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]

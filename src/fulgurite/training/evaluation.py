@@ -20,6 +20,7 @@ from fulgurite.cards import Card
 from fulgurite.kernels import cpu
 from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
 from fulgurite.training.reader import rendered, scenes_of, seen, train_reader
 from fulgurite.training.scenes import caption, render
@@ -109,7 +110,7 @@ class Judged:
     """A model under evaluation: its networks, held-out captions, and what the judge makes of pictures of them.
 
     Features of pictures are kept in ``folder``, a file for each way and chunk of captions: a run that stopped goes on
-    there.
+    there. Of other weights or other data nothing that is kept is used.
     """
 
     def __init__(
@@ -124,25 +125,30 @@ class Judged:
     ) -> None:
         """``steps``: of the judge's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
-        quick(self.vae, run)
-        tokenizer = networks.tokenizers[0]
-        self.reader = train_reader(sprites, tokenizer, card.text_encoders[0].vocab_size, folder / "reader", steps, run)
+        tokenizer, vocabulary = networks.tokenizers[0], card.text_encoders[0].vocab_size
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
+        self.data = fingerprint(self.scenes, steps)
+        self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
+        self.reader = train_reader(sprites, tokenizer, vocabulary, folder / f"reader-{self.data}", steps, run)
         self.captions = [caption(scene, rng) for scene in self.scenes]
         self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
             self.said = torch.cat([self.reader.captions(tokenizer([text]))[1] for text in self.captions])
+        quick(self.vae, run)
         reference = scenes_of(sprites, "reference", REFERENCE)
         self.reference = self.kept(
-            "reference", len(reference), lambda start, stop: rendered(reference[start:stop], sprites)
+            "reference", self.data, len(reference), lambda start, stop: rendered(reference[start:stop], sprites)
         )
 
-    def kept(self, name: str, count: int, pictures: Callable[[int, int], Tensor]) -> np.ndarray:
+    def made_of(self, way: Way) -> str:
+        return fingerprint(self.model, way.unet, *way.loras)
+
+    def kept(self, name: str, made_of: str, count: int, pictures: Callable[[int, int], Tensor]) -> np.ndarray:
         """The judge's features ``[N, F]`` of the pictures ``start`` to ``stop`` of ``count``, chunk by chunk."""
         chunks = []
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
-            path = self.folder / as_file(name) / f"{start}-{stop}.npy"
+            path = self.folder / f"{as_file(name)}-{made_of}" / f"{start}-{stop}.npy"
             if not path.exists():
                 if self.run.over():
                     raise TimeIsUpError(f"The time is up, at picture {start} of {count} of: {name}.")
@@ -152,11 +158,14 @@ class Judged:
             chunks.append(np.load(path))
         return np.concatenate(chunks)
 
-    def table(self, name: str, head: Sequence[str], parts: Mapping[str, Callable[[], list[str]]]) -> str:
-        """A Markdown table, told as it comes and kept as ``name.md``. Its parts' rows are kept as chunks are."""
+    def table(self, name: str, head: Sequence[str], parts: Mapping[tuple[str, str], Callable[[], list[str]]]) -> str:
+        """A Markdown table, told as it comes and kept as ``name.md``. Its parts' rows are kept as chunks are.
+
+        ``parts``: by their names, and what they are made of.
+        """
         rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for part, make in parts.items():
-            path = self.folder / name / f"{as_file(part)}.md"
+        for (part, made_of), make in parts.items():
+            path = self.folder / name / f"{as_file(part)}-{made_of}.md"
             if not path.exists():
                 if self.run.over():
                     raise TimeIsUpError(f"The time is up, at {part} of {name}.")
@@ -168,8 +177,8 @@ class Judged:
         (self.folder / f"{name}.md").write_text(table)
         return table
 
-    def score(self, name: str, pictures: Callable[[int, int], Tensor]) -> Score:
-        features = self.kept(name, len(self.captions), pictures)
+    def score(self, name: str, made_of: str, pictures: Callable[[int, int], Tensor]) -> Score:
+        features = self.kept(name, made_of, len(self.captions), pictures)
         with torch.no_grad():
             hits = found(self.reader.likeness(torch.from_numpy(features), self.said))
         return score(name, features, hits, self.reference)
@@ -232,12 +241,14 @@ def through(vae: VAE, pictures: Tensor) -> Tensor:
 
 def evaluate(judged: Judged, ways: Sequence[Way]) -> list[Score]:
     """Scores of renders and of every way, told as they come, and kept as ``scores.md`` and ``scores.json``."""
-    pictures: dict[str, Callable[[int, int], Tensor]] = {"renders": judged.renders}
-    pictures["renders, autoencoded"] = judged.autoencoded
-    pictures |= {way.name: judged.drawn_by(way) for way in ways}
+    drawn_by: list[tuple[str, str, Callable[[int, int], Tensor]]] = [
+        ("renders", judged.data, judged.renders),
+        ("renders, autoencoded", judged.model, judged.autoencoded),
+    ]
+    drawn_by += [(way.name, judged.made_of(way), judged.drawn_by(way)) for way in ways]
     scores = []
-    for name, draw in pictures.items():
-        scores.append(judged.score(name, draw))
+    for drawer in drawn_by:
+        scores.append(judged.score(*drawer))
         print(as_row(scores[-1]), flush=True)
     table = "| drawn by | captions | retrieval | distance |\n|---|---|---|---|\n"
     (judged.folder / "scores.md").write_text(table + "".join(f"{as_row(s)}\n" for s in scores))

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 
 from fulgurite.models import VAE
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.scenes import Scene, caption, render, training_scene
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
 
 CHUNK = 32  # scenes encoded together
+AT_A_GPU = 8  # processes that share one, each of which takes some of its memory
+FEW = 50  # scenes that tell one set of things and of their weights from another
 
 
 def scene_at(sprites: Sprites, size: tuple[int, int], index: int) -> Scene:
@@ -64,12 +67,15 @@ def build_latents(
     sprites_folder: Path, names: frozenset[str] | None, vae: VAE, size: tuple[int, int], count: int, folder: Path
 ) -> LatentSet:
     """Encodes scenes 0..count of the things with these names, or of all, into ``folder``; done once, then read back."""
-    path = folder / f"latents-{size[0]}x{size[1]}-{count}.npy"
+    sprites = Sprites.open(sprites_folder, names)
+    scenes = [scene_at(sprites, size, i) for i in range(count)]
+    path = folder / f"latents-{size[0]}x{size[1]}-{count}-{fingerprint(vae, scenes[:FEW])}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         ranges = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        here = next(vae.parameters()).device.type == "cpu"
+        workers = os.cpu_count() if here else min(os.cpu_count() or 1, AT_A_GPU)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(encode_scenes, sprites_folder, names, vae, size, numbers) for numbers in ranges]
             np.save(path, np.concatenate([job.result() for job in jobs]))
-    sprites = Sprites.open(sprites_folder, names)
-    return LatentSet(size, np.load(path), [scene_at(sprites, size, i) for i in range(count)])
+    return LatentSet(size, np.load(path), scenes)

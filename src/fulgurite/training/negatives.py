@@ -107,4 +107,5 @@ def rows_of(judged: Judged, way: Way, count: int) -> list[str]:
 def negatives(judged: Judged, ways: Sequence[Way], count: int) -> str:
     """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a tag."""
     head = "drawn by", "pictures", "show what is to be avoided", "show what the prompt asks for", "seconds a picture"
-    return judged.table("negatives", head, {way.name: partial(rows_of, judged, way, count) for way in ways})
+    parts = {(way.name, judged.made_of(way)): partial(rows_of, judged, way, count) for way in ways}
+    return judged.table("negatives", head, parts)

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END
-from fulgurite.training.distil import Distillation, Ground, distil, student_file
+from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.latents import LatentSet, build_latents
@@ -23,12 +23,13 @@ from fulgurite.training.plans import PAPER, QUICK
 from fulgurite.training.preview import preview_lines
 from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
+from fulgurite.training.students import students_in, write_card
 from fulgurite.training.styles import styles
 from fulgurite.training.teacher import train_teacher, train_tokenizer
 from fulgurite.training.text import train_text_encoders
 from fulgurite.training.vae import normalize_latents, refine_decoder, render_pictures, to_pixels, train_vae
 from fulgurite.training.words import FIRST
-from fulgurite.weights.files import Files, folder_files
+from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_folder, locate
 
 MODEL = "fulgurite/spark"
@@ -103,14 +104,17 @@ class Data:
             return build_latents(self.folder, self.preset.things, vae, size, count, work / "latents")
 
 
-def distil_all(work: Path, out: Path, preset: Preset, ground: Ground) -> None:
-    """Trains every student of the preset's plan; those that ship go to the folder ``out``."""
+def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: str = "") -> None:
+    """Trains every student of the preset's plan; those that ship go to the folder ``out``, and their card beside it."""
     out.mkdir(parents=True, exist_ok=True)
     shipped = {"8", "4", "2", "1"} | {plan.upon for plan in preset.distillations if plan.rank}
     for plan in preset.distillations:
         student = distil(plan, ground, work / "students", work / "distil")
         if plan.name in shipped:
             shutil.copyfile(student, out / student.name)
+    if PartialState().is_main_process:
+        card_file, students = out.with_name(f"{out.name}.toml"), students_in(out, ground.unet)
+        write_card("spark_lightning.toml", card_file, ground.unet, students, preview)
 
 
 def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
@@ -143,23 +147,6 @@ def fast_decoder(work: Path, vae: VAE, latents: LatentSet, out: Path, preset: Pr
         save_network(decoder, out / FAST_DECODER_FILE)
 
 
-def students_in(folder: Path, unet: Path) -> dict[int, Files]:
-    """Students by their steps, from a folder that ``distil_all`` wrote: upon the guided one, where there is that."""
-    of_base, found = replace(folder_files(unet.parent.parent), unet=unet), {}
-    for n in (8, 4, 2, 1):
-        whole = student_file(folder, str(n), whole=True)
-        loras = tuple(
-            path
-            for path in (student_file(folder, "guided", False), student_file(folder, str(n), False))
-            if path.exists()
-        )
-        if whole.exists():
-            found[n] = replace(of_base, unet=whole)
-        elif loras:
-            found[n] = replace(of_base, loras=loras)
-    return found
-
-
 def students_inside() -> dict[int, Files]:
     """Those of the package, as its card has them."""
     lightning = card(f"{MODEL}-lightning")
@@ -180,8 +167,9 @@ def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Pre
 
 
 def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
-    """Runs every stage in ``work``, each going on from where it was, and writes the model's folder ``out``.
+    """Runs every stage in ``work``, each going on from where it was.
 
+    Writes the model's folder ``out``, its students' beside it, and a card for each, ``fulgurite serve --cards``.
     Raises TimeIsUpError when the run's time is over.
     """
     of_model = card(MODEL)
@@ -208,9 +196,11 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
         save_network(unet, out / UNET_FILE)
         # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
         save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
-        (out / "preview_rgb.toml").write_text(preview_lines(square, data.sprites), encoding="utf-8")  # for the card
+    preview = preview_lines(square, data.sprites)
+    if PartialState().is_main_process:
+        write_card("spark.toml", out.with_name(f"{out.name}.toml"), out / UNET_FILE, preview=preview)
     fast_decoder(work, vae, square, out, preset, run)
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
     ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
-    distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground)
+    distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground, preview)

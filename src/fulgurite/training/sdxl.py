@@ -15,12 +15,14 @@ from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError
 from fulgurite.models import VAE
 from fulgurite.training.distil import Ground, distil
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run
 from fulgurite.training.plans import SDXL
+from fulgurite.training.students import students_in, write_card
 from fulgurite.training.vae import to_pixels
 from fulgurite.weights.files import folder_files
-from fulgurite.weights.load import load_files
+from fulgurite.weights.load import load_text_encoder, load_tokenizer, load_vae
 
 SIZE = (1024, 1024)  # width, height in pixels
 BATCH = 4  # a device
@@ -42,7 +44,8 @@ def picture_latents(pictures: Path, vae: VAE, size: tuple[int, int], folder: Pat
     files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in KINDS and f.with_suffix(".txt").exists())
     if not files:
         raise FulguriteError(f"{pictures} holds no pictures with a caption beside each (fox.jpg and fox.txt).")
-    path, weight = folder / f"latents-{size[0]}x{size[1]}-{len(files)}.npy", vae.quant_conv.weight
+    made_of = fingerprint(vae, [(file.name, file.stat().st_size) for file in files])
+    path, weight = folder / f"latents-{size[0]}x{size[1]}-{len(files)}-{made_of}.npy", vae.quant_conv.weight
     if not path.exists():
         rows = []
         for file in files:
@@ -58,14 +61,19 @@ def picture_latents(pictures: Path, vae: VAE, size: tuple[int, int], folder: Pat
 
 
 def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) -> None:
-    """Trains every student of the plan, the small changes first, then the whole UNet; their files go to ``out``."""
-    of_model, files = teacher_card(), folder_files(model)
-    networks = load_files(files, of_model, run.device, torch.bfloat16)
+    """Trains every student of the plan; their files go to ``out``, and beside it a card that serves them."""
+    of_model, files, dtype = teacher_card(), folder_files(model), torch.bfloat16
+    first, second = of_model.text_encoders
+    tokenizers = load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)
+    encoders = (
+        load_text_encoder(files.text_encoders[0], first, run.device, dtype, second=False),
+        load_text_encoder(files.text_encoders[1], second, run.device, dtype, second=True),
+    )
+    vae = load_vae(files.vae, of_model, run.device, dtype)
     with PartialState().main_process_first():
-        latents = picture_latents(pictures, networks.vae, SIZE, work / "latents")
-    ground = Ground(
-        of_model, files.unet, networks.tokenizers, networks.text_encoders, networks.vae, latents, BATCH, run,
-        torch.bfloat16, checkpointing=True,
-    )  # fmt: skip
+        latents = picture_latents(pictures, vae, SIZE, work / "latents")
+    ground = Ground(of_model, files.unet, tokenizers, encoders, vae, latents, BATCH, run, dtype, checkpointing=True)
     for plan in SDXL:
         distil(plan, ground, out, work / "distil")
+    if PartialState().is_main_process:
+        write_card("sdxl_lightning.toml", out.with_name(f"{out.name}.toml"), files.unet, students_in(out, files.unet))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fulgurite.errors import FulguriteError
 from fulgurite.training.words import COMMON, SYNONYMS
 
 SPRITE = 256  # pixels per side
@@ -56,8 +57,13 @@ class Sprites:
 
     @classmethod
     def open(cls, folder: Path, names: frozenset[str] | None = None) -> "Sprites":
-        """Those of a built folder; of the things with these names alone, where names are given."""
+        """Those of a built folder; of the things with these names alone, where names are given.
+
+        Raises FulguriteError where it was built before one of these was among what is built.
+        """
         table = json.loads((folder / "things.json").read_text(encoding="utf-8"))
+        if missing := (names or frozenset()) - {row["name"] for row in table}:
+            raise FulguriteError(f"{folder} is without {', '.join(sorted(missing))}: delete it, to have it built anew.")
         things = [Thing(**{**row, "tags": tuple(row["tags"])}) for row in table if not names or row["name"] in names]
         return cls(things, np.load(folder / "sprites.npy", mmap_mode="r"))
 

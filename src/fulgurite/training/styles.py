@@ -73,6 +73,6 @@ def styles(judged: Judged, ways: Sequence[Way], count: int) -> str:
     Of all things in all their styles, and of the thing's own styles alone.
     """
     head = "drawn by", "pairs", "pictures", "show the pair", "of the thing's styles, show this one"
-    parts = {"renders": partial(rows_of, judged, None, count)}
-    parts |= {way.name: partial(rows_of, judged, way, count) for way in ways}
+    parts = {("renders", judged.data): partial(rows_of, judged, None, count)}
+    parts |= {(way.name, judged.made_of(way)): partial(rows_of, judged, way, count) for way in ways}
     return judged.table("styles", head, parts)

@@ -26,13 +26,13 @@ COMMON = {
     "volcano", "camping", "hospital", "school", "factory", "bus", "ambulance", "police car", "taxi", "tractor",
     "helicopter", "anchor", "parachute", "sun", "star", "cloud", "rainbow", "umbrella", "snowflake", "snowman",
     "comet", "balloon", "fireworks", "basketball", "baseball", "volleyball", "bowling", "trumpet", "saxophone",
-    "violin", "drum", "skateboard", "canoe", "kite", "alien",
+    "violin", "drum", "skateboard", "canoe", "kite", "alien", "crown", "key", "trophy",
 }  # fmt: skip
 
 # What the hosted API's published request asks for, and so everybody's first picture.
 FOREMOST = "rocket"
 
-# What the small model learns last and longest: things with plain shapes that do not look like one another.
+# What the small model knows: things with plain shapes that do not look like one another.
 FIRST = frozenset({
     "rocket", "flying saucer", "automobile", "fire engine", "locomotive", "airplane", "sailboat", "helicopter",
     "dog face", "cat face", "fox", "tiger face", "lion", "rabbit face", "bear", "panda", "koala", "monkey face",
@@ -42,6 +42,14 @@ FIRST = frozenset({
     "lemon", "grapes", "cherries", "carrot", "tomato", "avocado", "jack-o-lantern", "hamburger", "pizza",
     "doughnut", "birthday cake", "hot beverage", "house", "castle", "sun", "star", "crescent moon", "rainbow",
     "snowman", "fire", "balloon", "soccer ball", "guitar", "wrapped gift", "umbrella", "robot", "ghost",
+    "elephant", "giraffe", "zebra", "wolf", "hedgehog", "bat", "cow face", "mouse face", "horse face", "snake", "duck",
+    "eagle", "flamingo", "parrot", "rooster", "swan", "baby chick", "dolphin", "shark", "spider", "Christmas tree",
+    "deciduous tree", "four leaf clover", "maple leaf", "cherry blossom", "tangerine", "pear", "peach", "kiwi fruit",
+    "ear of corn", "eggplant", "hot pepper", "broccoli", "bread", "croissant", "hot dog", "egg", "cookie", "cupcake",
+    "soft ice cream", "cheese wedge", "french fries", "lollipop", "wine glass", "beer mug", "teapot", "bus", "tractor",
+    "bicycle", "motorcycle", "anchor", "snowflake", "cloud", "volcano", "snow-capped mountain", "ringed planet",
+    "high voltage", "droplet", "basketball", "game die", "t-shirt", "running shoe", "gem stone", "trumpet", "laptop",
+    "television", "light bulb", "teddy bear", "alien", "crown", "key", "trophy",
 })  # fmt: skip
 
 SYNONYMS = {
@@ -173,4 +181,16 @@ SYNONYMS = {
     "ghost": ("spooky ghost", "spirit"),
     "robot": ("android", "robot head"),
     "teddy bear": ("stuffed toy", "plush bear"),
+    "bread": ("loaf of bread", "loaf"),
+    "cookie": ("biscuit",),
+    "cupcake": ("muffin",),
+    "wine glass": ("glass of wine", "red wine"),
+    "bus": ("school bus", "coach"),
+    "trophy": ("gold cup", "prize"),
+    "crown": ("royal crown", "golden crown"),
+    "key": ("golden key",),
+    "snake": ("serpent",),
+    "shark": ("great white shark",),
+    "four leaf clover": ("clover", "shamrock"),
+    "maple leaf": ("autumn leaf", "leaf"),
 }

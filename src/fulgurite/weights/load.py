@@ -57,13 +57,12 @@ def locate(card: Card, steps: int) -> Files:
     weights = card.weights
     if weights.source == "hub":
         return hub.cached_files(card, steps)
+    loras = [change for change in (weights.lora_file, weights.loras.get(str(steps))) if change]
     if weights.source == "embedded":
         inside = Path(str(resources.files("fulgurite") / "embedded"))
-        files = folder_files(inside / weights.path)
-        changes = (weights.lora_file, weights.loras.get(str(steps), ""))
-        return replace(files, loras=tuple(inside / change for change in changes if change))
+        return replace(folder_files(inside / weights.path), loras=tuple(inside / change for change in loras))
 
-    path = Path(weights.path)
+    path, unet = Path(weights.path), weights.unets.get(str(steps)) or weights.unet_file
     if path.is_dir():
         files = folder_files(path)
     elif weights.tokenizers:
@@ -73,9 +72,9 @@ def locate(card: Card, steps: int) -> Files:
     return Files(
         tokenizers=files.tokenizers,
         text_encoders=files.text_encoders,
-        unet=Path(weights.unet_file) if weights.unet_file else files.unet,
+        unet=Path(unet) if unet else files.unet,
         vae=Path(weights.vae_file) if weights.vae_file else files.vae,
-        loras=(Path(weights.lora_file),) if weights.lora_file else (),
+        loras=tuple(Path(change) for change in loras),
         fast_decoder=Path(weights.fast_decoder_file) if weights.fast_decoder_file else files.fast_decoder,
     )
 

@@ -1,0 +1,24 @@
+"""What a kept result was made of, in its file's name, so that one of other data or weights is not taken for it."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def fingerprint(*parts: object) -> str:
+    """Eight digits, others where a part is: a file by what is in it, a network by its weights, else by its ``repr``."""
+    told = hashlib.sha256()
+    for part in parts:
+        match part:
+            case Path():
+                told.update(part.read_bytes())
+            case nn.Module():
+                for name, tensor in part.state_dict().items():
+                    told.update(name.encode())
+                    told.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            case _:
+                told.update(repr(part).encode())
+        told.update(b"\0")
+    return told.hexdigest()[:8]

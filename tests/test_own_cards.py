@@ -1,0 +1,101 @@
+"""Models of one's own: a folder of cards, their weights beside them, as training writes both."""
+
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from conftest import needs_weights
+from typer.testing import CliRunner
+
+from fulgurite import Pipeline, cards
+from fulgurite.cli import app
+from fulgurite.errors import FulguriteError
+from fulgurite.training.recipe import UNET_FILE
+from fulgurite.training.students import students_in, write_card
+from fulgurite.weights.load import locate
+
+INSIDE = Path(str(resources.files("fulgurite") / "embedded"))
+PREVIEW = "# As a test has it.\npreview_rgb = [\n" + "    [0.5, 0.25, 0.125],\n" * 17 + "]\n"
+
+
+@pytest.fixture(autouse=True)
+def nothing_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "added", {})
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """What `fulgurite train recipe --out mine/fox` leaves behind."""
+    folder = tmp_path / "mine"
+    shutil.copytree(INSIDE / "spark", folder / "fox")
+    shutil.copytree(INSIDE / "spark-lightning", folder / "fox-lightning")
+    unet = folder / "fox" / UNET_FILE
+    write_card("spark.toml", folder / "fox.toml", unet, preview=PREVIEW)
+    students = students_in(folder / "fox-lightning", unet)
+    write_card("spark_lightning.toml", folder / "fox-lightning.toml", unet, students, PREVIEW)
+    return folder
+
+
+@needs_weights
+@pytest.mark.parametrize(("own", "inside"), [("fox", "spark"), ("fox-lightning", "spark-lightning")])
+def test_what_was_trained_draws_as_what_is_inside(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, own: str, inside: str
+) -> None:
+    monkeypatch.chdir(trained.parent)
+    cards.add(Path("mine"))
+    monkeypatch.chdir("/")  # paths start at the folder, wherever the program is by then
+    asked = {"width": 256, "height": 256, "num_steps": 1, "seed": 3}
+    mine, theirs = (
+        Pipeline.load(model, steps=1)("a red fox", **asked) for model in (f"local/{own}", f"fulgurite/{inside}")
+    )
+    assert mine.image.tobytes() == theirs.image.tobytes()
+    assert cards.card(f"local/{own}").preview_rgb == ((0.5, 0.25, 0.125),) * 17
+
+
+@needs_weights
+def test_each_number_of_steps_has_its_own_file(trained: Path) -> None:
+    unet = trained / "fox" / UNET_FILE
+    shutil.copy(unet, trained / "fox-lightning/1step_unet_x0.safetensors")
+    (trained / "fox-lightning/4step_lora.safetensors").touch()
+    (trained / "fox-lightning/guided_lora.safetensors").unlink()
+    students = students_in(trained / "fox-lightning", unet)
+    write_card("spark_lightning.toml", trained / "some.toml", unet, students)
+    cards.add(trained)
+    of_model = cards.card("local/some")
+    assert of_model.schedules == (1, 4)
+    one, four = (locate(of_model, steps) for steps in (1, 4))
+    assert (one.unet.name, one.predicts_x0, one.loras) == ("1step_unet_x0.safetensors", True, ())
+    assert (four.unet, four.loras) == (unet, (trained / "fox-lightning/4step_lora.safetensors",))
+
+
+@needs_weights
+def test_the_commands_know_own_cards(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FULGURITE_CARDS", str(trained))
+    listed = CliRunner().invoke(app, ["models"])
+    assert [line.split()[0] for line in listed.output.splitlines() if "local/" in line] == [
+        "local/fox-lightning", "local/fox",
+    ]  # fmt: skip
+    output = tmp_path / "fox.png"
+    drawn = CliRunner().invoke(
+        app, ["generate", "a fox", "-o", str(output), "--model", "local/fox-lightning", "--steps", "1"]
+    )
+    assert (drawn.exit_code, output.exists()) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id = 1 2", "bad.toml is no model's card"),
+        ('id = "x"', "bad.toml is no model's card: 'text_encoder'"),
+        (None, "there is a model fulgurite/spark already"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    of_package = (resources.files("fulgurite.cards") / "spark.toml").read_text("utf-8")
+    (tmp_path / "bad.toml").write_text(of_package if text is None else text)
+    with pytest.raises(FulguriteError, match=message):
+        cards.add(tmp_path)
+    assert cards.added == {}
+    with pytest.raises(FulguriteError, match="There is no folder"):
+        cards.add(tmp_path / "elsewhere")
