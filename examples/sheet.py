@@ -20,6 +20,9 @@ an apple | a banana | a pineapple | a slice of watermelon | a strawberry | grape
 a burger | a slice of pizza | a donut | a birthday cake on a pink background | a cup of coffee | a house | a castle
 a ufo | the sun | a moon on a black background | a snowman | a purple balloon | a football | a guitar | a robot
 a ghost | a green car | a fire truck | a plane | a sailboat on a teal background | an umbrella | a gift | a bee | a star
+an elephant | a giraffe | a zebra | a shark | a duck | a parrot | a Christmas tree | a maple leaf
+a peach | corn on a teal background | a croissant | a hot dog | a cupcake | an ice cream | a bus | a bicycle
+a snowflake on a blue background | a cloud | a volcano | saturn | a lightning bolt | a basketball | a key | a crown
 a fox, sticker | a rocket, sticker | a house, cartoon | a robot, cartoon style
 a koala, sticker | a penguin, cartoon style | a snail, cartoon | a tulip, sticker
 """

@@ -5,6 +5,7 @@ import csv
 import io
 import logging
 import sqlite3
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -357,9 +358,25 @@ def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
     for method, path in (("GET", keys), ("POST", keys), ("DELETE", f"{keys}/x"), ("POST", f"{keys}/x/rotate")):
         assert code(client.request(method, path, json=new)) == (403, "not_an_admin")
     assert code(client.post(keys, json=new | {"models": ["acme/nope"]}, headers=admin)) == (404, "unknown_model")
-    assert client.post(keys, content=b"x", headers=admin).json()["error"]["message"].startswith("Input should be")
-    for wrong in ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0}):
-        assert client.post(keys, json=wrong, headers=admin).status_code == 422
+    json_type = {"Content-Type": "application/json"}
+    assert code(client.post(keys, content=b"x", headers=admin | json_type)) == (400, "invalid_json")
+    wrong = ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0})
+    for each in (*wrong, {"name": "x", "expires_at": "9999-12-31T23:59:59-05:00"}):
+        assert client.post(keys, json=each, headers=admin).status_code == 422
+
+
+def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(client: TestClient) -> None:
+    read: list[bytes] = []
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            read.append(b" " * (1 << 20))
+            yield read[-1]
+
+    json_type = {"Content-Type": "application/json", "Authorization": "Bearer nobody"}
+    assert client.post("/api/v1/admin/keys", content=endless(), headers=json_type).status_code == 401
+    assert len(read) <= 1  # which the test's client itself has at hand
+    assert client.post("/api/v1/admin/keys", content=b"[" * 10, headers=json_type).status_code == 401
 
 
 def test_secrets_are_never_logged(

@@ -1,8 +1,10 @@
 """The engine, over pipelines that draw nothing, and over real ones for the bits of their pictures."""
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -17,6 +19,8 @@ from conftest import SPARK, Blank, Loads, engine_of, needs_weights
 
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.engine import Engine, Runner
+from fulgurite.engine.runner import Drawing
+from fulgurite.engine.scheduler import Group
 from fulgurite.errors import BusyError, DeviceError, FulguriteError, NotFiniteError, OutOfMemoryError, RequestError
 from fulgurite.pipeline import Encoded, Row
 
@@ -148,6 +152,51 @@ def test_out_of_memory_splits_the_batch_and_is_learned() -> None:
         assert sum(size > 2 for size in sizes) == refused
 
 
+def test_two_rows_that_do_not_fit_are_an_error_at_once_whatever_was_learned_of_one() -> None:
+    """Inexact batches begin at one row; a guided picture of an undistilled model has two."""
+    full = [True]
+
+    def on(stage: str, rows: Sequence[Row]) -> None:
+        if stage == "step" and full and sum(row.plan.network_rows for row in rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    alone = replace(FOX, guidance=0.0)
+    with closing(Engine(lambda: Runner(Loads(Blank(on)), exact=False))) as engine:
+        pairs = [engine.submit(SPARK, alone) for _ in range(4)]
+        assert all(job.result(20) for job in pairs)  # by which it has learned that one row fits
+        assert isinstance(engine.submit(SPARK, FOX).exception(20), OutOfMemoryError)
+        full.clear()
+        assert engine.submit(SPARK, FOX).result(20)
+
+
+def test_a_checkpoint_that_the_loader_gives_up_is_gone() -> None:
+    loads = Loads(Blank())
+    runner = Runner(loads)
+    group, drawing = Group(SPARK, 0, (16, 32, 32)), Drawing(FOX, None)
+    for stage in ("encode", "step"):
+        assert runner.run(stage, group, [drawing]).moved == [drawing]
+    first, loads.pipeline = weakref.ref(loads.pipeline), Blank()
+    gc.collect()
+    assert first() is None
+
+
+def test_what_a_step_held_is_free_when_it_is_tried_again() -> None:
+    """The first try's tensors would else still be there, and the second fail as well."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def on(stage: str, rows: Sequence[Row]) -> None:
+        if stage in ("step", "finish"):
+            assert all(tensor() is None for tensor in held)
+            tensor = torch.zeros(8)
+            if not held or (stage, len(held)) == ("finish", 1):
+                held.append(weakref.ref(tensor))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with closing(engine_of(Blank(on))) as engine:
+        assert engine.submit(SPARK, FOX).result(20)
+    assert len(held) == 2
+
+
 @pytest.mark.parametrize("stage", ["start", "finish"])
 def test_out_of_memory_at_any_stage_makes_room_or_is_its_own_jobs_error(stage: str) -> None:
     """Once memory is short for "tight", until the other checkpoints went; for "huge" it always is."""
@@ -234,7 +283,9 @@ def test_nobody_waits_for_threads_that_die_one_after_the_other() -> None:
 
     with closing(Engine(make)) as engine:
         assert isinstance(engine.submit(SPARK, FOX).exception(20), DeviceError)
+        until(lambda: engine.state() == "failed")
         broken.clear()
+        until(lambda: engine.state() == "ready")
         assert isinstance(engine.submit(SPARK, FOX).exception(20), DeviceError | None)  # ends, either way
         assert engine.submit(SPARK, FOX).result(20)
 

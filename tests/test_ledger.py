@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -306,6 +307,18 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(LedgerError, match=r"x.db: file is not a database"):
         Ledger(f"sqlite:///{tmp_path / 'x.db'}")
+
+
+def test_connections_that_the_database_dropped_are_made_anew(postgresql_server: str) -> None:
+    """As after its restart, or behind a firewall that forgets idle ones."""
+    books = Ledger(postgresql_server.format("postgres"))
+    try:
+        books.keys.create("first")
+        with psycopg.connect(postgresql_server.format("postgres"), autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        assert [key.name for key in books.keys.all()] == ["first"]
+    finally:
+        books.close()
 
 
 def test_a_database_that_fails_later_is_an_error_that_says_why(books: Ledger) -> None:

@@ -31,14 +31,14 @@ def test_larger_batches_are_used_once_they_are_proven() -> None:
         asked.append(list(parts))
         return sum(parts) <= 6
 
-    batches = Batches(1, 16, agrees)
-    assert [batches.size_for(rows) for rows in (1, 2, 3, 5)] == [1, 2, 3, 6]
+    batches = Batches(1, 16, exact=True)
+    assert [batches.size_for(rows, agrees) for rows in (1, 2, 3, 5)] == [1, 2, 3, 6]
     assert asked == [[1, 1], [2, 1], [3, 1], [4, 2]]
-    assert (batches.size_for(16), batches.capacity) == (6, 6)  # 8 is not right, so nothing larger is tried
+    assert (batches.size_for(16, agrees), batches.capacity) == (6, 6)  # 8 is not right, so nothing larger is tried
     assert batches.smaller(6)
     assert batches.capacity == 4
-    assert [Batches(2, 16, lambda parts: True).size_for(rows) for rows in (1, 3, 9)] == [2, 4, 12]
-    assert Batches(1, 16, None).size_for(5) == 5
+    assert [Batches(2, 16, exact=True).size_for(rows, lambda parts: True) for rows in (1, 3, 9)] == [2, 4, 12]
+    assert Batches(1, 16, exact=False).size_for(5, agrees) == 5
 
 
 def test_the_cache_of_prompts_is_bounded_in_bytes() -> None:
@@ -64,7 +64,7 @@ class Kept:
         if like and like.base:
             shared = like.base
         self.card, self.steps, self.like = card(model), steps, like
-        self.networks = Networks((), (), None, None, "v", shared)  # type: ignore[arg-type]
+        self.networks = Networks((), (), object(), object(), "v", shared)  # type: ignore[arg-type]
 
 
 def fake_loads(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor | None = None) -> list[int]:
@@ -95,7 +95,9 @@ def test_the_loader_keeps_unets_within_its_bytes_and_shares_the_rest(monkeypatch
     second = loader(LIGHTNING, 5)
     assert loader.switch_seconds(LIGHTNING, 8) > 0 == loader.switch_seconds(LIGHTNING, 4)
     assert loaded == [20, 5]
-    assert second.like is first.networks  # type: ignore[attr-defined]
+    like = second.like  # type: ignore[attr-defined]
+    assert like.vae is first.networks.vae
+    assert like.unet is None  # which went to make room
 
 
 def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Pictures asked for now and fetched later."""
 
+import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ from fulgurite import Picture, Request
 from fulgurite.errors import BusyError
 from fulgurite.ledger import Ledger
 from fulgurite.server import create_app
+from fulgurite.server.predictions import Prediction
 from fulgurite.settings import read_settings
 
 URL = "/api/v1/predictions"
@@ -93,6 +96,33 @@ def test_cancel(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:
     assert engine.futures[0].cancelled()
     assert client.get(f"{URL}/{id}").json()["status"] == "canceled"
     assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)]
+
+
+def test_who_waits_for_a_prediction_is_told_that_it_was_cancelled(
+    client: TestClient, engine: FakeEngine, ledger: Ledger
+) -> None:
+    engine.held = True
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(client.put, f"{URL}/my-own-id", json=body())
+        while not engine.futures:
+            time.sleep(0.01)
+        client.post(f"{URL}/my-own-id/cancel")
+        answer = waits.result(20)
+    assert (answer.status_code, answer.json()["status"], answer.json()["error"]) == (202, "canceled", None)
+    assert [entry.outcome for entry in ledger.entries()] == ["cancelled"]
+
+
+def test_what_succeeded_is_never_taken_for_a_failure() -> None:
+    """Not even between the picture's arrival and the next turn of the event loop, which forgets the prediction."""
+
+    async def found(result: Any) -> Any:
+        task: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(0, result))
+        prediction = Prediction(None, task)  # type: ignore[arg-type]
+        await asyncio.wait({task})
+        return prediction.found()
+
+    answer = object()
+    assert asyncio.run(found(answer)) is answer
 
 
 def test_a_failure_is_told_and_may_be_tried_again(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:

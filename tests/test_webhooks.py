@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 from conftest import HEADERS, KEY, FakeEngine, body
 from fastapi.testclient import TestClient
@@ -27,6 +28,7 @@ class Receiver(HTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.statuses: list[int] = []
         self.got: list[tuple[dict[str, str], bytes]] = []
+        self.endless, self.hung_up = False, threading.Event()  # an answer without end; and that nobody hears it
 
     @property
     def url(self) -> str:
@@ -46,9 +48,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["content-length"]))
         self.server.got.append(({name.lower(): value for name, value in self.headers.items()}, content))
-        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 204)
+        endless = self.server.endless
+        self.send_response(200 if endless else self.server.statuses.pop(0) if self.server.statuses else 204)
         self.send_header("Location", self.server.url)
         self.end_headers()
+        while endless:
+            try:
+                self.wfile.write(b"x" * 100_000)
+            except OSError:
+                self.server.hung_up.set()
+                break
 
     def log_message(self, *arguments: object) -> None: ...
 
@@ -116,6 +125,34 @@ def test_giving_up_is_logged(client: TestClient, receiver: Receiver, caplog: pyt
     while "given up after 4 tries: answered 500" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_request_goes_to_the_address_that_was_looked_at() -> None:
+    """A name may lead elsewhere by then; the receiver is asked for by it all the same."""
+    for address, shown in (("93.184.216.34", "93.184.216.34"), ("2606:2800:220:1::1", "[2606:2800:220:1::1]")):
+        request = httpx.Request("POST", "https://example.com:8443/hook?a=1", content=b"x")
+        webhooks.pin(request, address)
+        assert str(request.url) == f"https://{shown}:8443/hook?a=1"
+        assert request.headers["Host"] == "example.com:8443"
+        assert request.extensions["sni_hostname"] == "example.com"
+
+
+def test_an_answer_without_end_is_not_read(client: TestClient, receiver: Receiver) -> None:
+    """Its head says that it has arrived."""
+    receiver.endless = True
+    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url})
+    receiver.wait_for(1)
+    assert receiver.hung_up.wait(5)
+    assert len(receiver.got) == 1
+
+
+def test_a_secret_that_is_empty_signs_nothing(client: TestClient) -> None:
+    file = read_settings().home / "webhook.secret"
+    client.get("/api/v1/webhook-secret")
+    assert len(file.read_bytes()) == 64
+    assert [path.name for path in file.parent.glob("*") if path.name.startswith("tmp")] == []
+    file.write_bytes(b"")
+    assert client.get("/api/v1/webhook-secret").status_code == 500
 
 
 def test_each_key_and_each_server_has_its_own_secret(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:

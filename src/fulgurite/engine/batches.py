@@ -11,17 +11,15 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16)  # padding is a third at most
 
 
 class Batches:
-    """The batch sizes for one checkpoint and latent shape.
+    """The batch sizes for one model and latent shape.
 
-    ``agrees`` says whether a batch has the bits of those it is cut into, given their sizes; None: bits may differ,
-    and nothing is padded.
+    ``exact``: only those that were found to have the right bits; else bits may differ, and nothing is padded.
     """
 
-    def __init__(self, smallest: int, most: int, agrees: Callable[[Sequence[int]], bool] | None) -> None:
-        self._agrees = agrees
+    def __init__(self, smallest: int, most: int, exact: bool) -> None:
         self._untried = [size for size in LADDER if size > smallest and size % smallest == 0 and size <= most]
         self._proven = [smallest]
-        if agrees is None:
+        if not exact:
             self._proven, self._untried = list(range(1, max(smallest, most) + 1)), []
 
     @property
@@ -37,12 +35,15 @@ class Batches:
         self._untried = []
         return True
 
-    def size_for(self, rows: int) -> int:
-        """The batch to run for so many rows; fewer than they are, where no larger one is right."""
+    def size_for(self, rows: int, agrees: Callable[[Sequence[int]], bool]) -> int:
+        """The batch to run for so many rows; fewer than they are, where no larger one is right.
+
+        ``agrees`` says whether a batch has the bits of those it is cut into, given their sizes. It is not kept: it
+        holds a checkpoint, which may be evicted.
+        """
         while self._untried and self._proven[-1] < rows:
             size = self._untried.pop(0)
-            assert self._agrees
-            if self._agrees(self._parts(size)):
+            if agrees(self._parts(size)):
                 self._proven.append(size)
             else:
                 self._untried = []

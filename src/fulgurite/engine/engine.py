@@ -102,9 +102,9 @@ class Engine:
             return {"queued": queued, "running": len(self._jobs) - queued, **self._counts}
 
     def state(self) -> Literal["starting", "ready", "busy", "failed"]:
-        """Loading its first weights, able to take a job, without a place for one, or closed."""
+        """Loading its first weights, able to take a job, without a place for one; or closed, or without a device."""
         with self._changed:
-            if self._closed:
+            if self._closed or (self._futile_threads > 1 and not self._has_runner):
                 return "failed"
             if self._jobs and not self._loaded:
                 return "starting"
@@ -125,7 +125,8 @@ class Engine:
         self._watchdog.join()
 
     def _start(self) -> None:
-        self._busy_since = math.inf  # when the stage that runs was begun
+        self._busy_since = time.monotonic()  # when the stage that runs was begun, or the thread
+        self._has_runner = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -133,6 +134,7 @@ class Engine:
         runner = self._make_runner()
         with self._changed:
             self._scheduler.switch_seconds = runner.switch_seconds
+            self._has_runner = True
         while (work := self._schedule()) is not None:
             started = time.monotonic()
             jobs = {job.drawing: job for task in work.tasks if (job := self._jobs.get(task))}
@@ -143,8 +145,8 @@ class Engine:
     def _schedule(self) -> Work | None:
         """Waits for work that is still wanted; None once closed, or once another thread has taken over."""
         with self._changed:
-            self._busy_since = math.inf
             while threading.current_thread() is self._thread and not self._closed:
+                self._busy_since = math.inf
                 work = self._scheduler.next(time.monotonic())
                 if work is None:
                     self._changed.wait()

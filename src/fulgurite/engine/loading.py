@@ -97,8 +97,10 @@ class Loader:
         name = model, checkpoint(of_model, steps)
         if name not in self._loaded:
             started = time.monotonic()
-            alike = [kept.networks for (other, _), kept in self._loaded.items() if other == model]
+            alike = (kept.networks for (other, _), kept in self._loaded.items() if other == model)
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
+            if like:  # without its UNet: held here it would make no room
+                like = replace(like, unet=None)  # type: ignore[arg-type]
             while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
             pipeline = Pipeline.load(

@@ -119,20 +119,27 @@ class Runner:
         self, pipeline: Stages, batches: Batches, group: Group, drawings: Sequence[Drawing], outcome: Outcome
     ) -> None:
         """A step for as many as fit into one batch; if that fails, for each alone."""
-        size = batches.size_for(sum(rows_of(drawing) for drawing in drawings))
+        agrees = partial(agrees_within_memory, pipeline, group.latent_shape[1:])
+        size = batches.size_for(sum(rows_of(drawing) for drawing in drawings), agrees)
+        # The two rows of one picture are tried, also where two pictures were too much.
+        size = max(size, rows_of(drawings[0]))
         together = fitting(drawings, size)
         rows = [drawing.row for drawing in together if drawing.row]
+        failure, no_memory = None, False
         try:
             pipeline.step(rows, size)
         except BaseException as error:
-            if out_of_memory(error) and batches.smaller(size):
-                torch.cuda.empty_cache()
-                self._step(pipeline, batches, group, together, outcome)
-            elif len(together) == 1:
-                self._last_try(pipeline, size, group, together[0], error, outcome)
-            else:
-                for drawing in together:
-                    self._step(pipeline, batches, group, [drawing], outcome)
+            # Nothing is tried again in here: the error holds what the step had in memory.
+            no_memory = out_of_memory(error)
+            failure = None if no_memory else error
+        if no_memory and size > max(map(rows_of, together)) and batches.smaller(size):
+            torch.cuda.empty_cache()
+            self._step(pipeline, batches, group, together, outcome)
+        elif len(together) == 1 and (failure or no_memory):
+            self._last_try(pipeline, size, group, together[0], failure, outcome)
+        elif failure or no_memory:
+            for drawing in together:
+                self._step(pipeline, batches, group, [drawing], outcome)
         else:
             outcome.ran += size
             for drawing in together:
@@ -140,12 +147,18 @@ class Runner:
         outcome.capacity = batches.capacity
 
     def _last_try(
-        self, pipeline: Stages, size: int, group: Group, drawing: Drawing, error: BaseException, outcome: Outcome
+        self,
+        pipeline: Stages,
+        size: int,
+        group: Group,
+        drawing: Drawing,
+        failure: BaseException | None,
+        outcome: Outcome,
     ) -> None:
-        """A step failed for one alone: that is its end, unless memory can be made."""
+        """A step failed for one alone: that is its end, unless it was for want of memory, and memory can be made."""
         try:
-            if not out_of_memory(error):
-                raise error
+            if failure:
+                raise failure
             assert drawing.row
             row = drawing.row
             self._with_room(group, lambda: pipeline.step([row], size))
@@ -168,22 +181,22 @@ class Runner:
         except BaseException as error:
             if not out_of_memory(error):
                 raise
-            try:
-                self._load.drop_others(group.model, group.steps)
-                torch.cuda.empty_cache()
-                return call()
-            except BaseException as again:
-                if not out_of_memory(again):
-                    raise
-                raise OutOfMemoryError from again
+        # Not in the handlers: there the error still holds what the call had in memory.
+        self._load.drop_others(group.model, group.steps)
+        torch.cuda.empty_cache()
+        try:
+            return call()
+        except BaseException as again:
+            if not out_of_memory(again):
+                raise
+        raise OutOfMemoryError
 
     def _batches_of(self, group: Group, pipeline: Stages) -> Batches:
         shape = group.latent_shape
         if (group.model, shape) not in self._batches:
             smallest = smallest_batch(pipeline.card, pipeline.device, shape)
-            agrees = partial(agrees_within_memory, pipeline, shape[1:]) if self._exact else None
             most = most_rows(pipeline.device.type == "cuda", shape)
-            self._batches[group.model, shape] = Batches(smallest, most, agrees)
+            self._batches[group.model, shape] = Batches(smallest, most, self._exact)
         return self._batches[group.model, shape]
 
 

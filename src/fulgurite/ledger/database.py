@@ -41,6 +41,8 @@ def connect(url: str) -> Engine:
 
     @event.listens_for(engine, "handle_error")
     def explain(context: ExceptionContext) -> None:
+        if context.is_pre_ping:  # a connection that went stale: the pool makes another
+            return
         why = str(context.original_exception).partition("\n")[0]
         raise LedgerError(f"The ledger cannot be used: {why}.") from None
 

@@ -6,16 +6,25 @@ from typing import Annotated, Any, Self
 
 from fastapi import FastAPI, Query
 from fastapi import Request as HTTPRequest
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from fulgurite.records import Key, Limits, Usage, days
+from fulgurite.server.body import read_body
 from fulgurite.server.pictures import BEARER
 from fulgurite.server.problems import Problem, error_responses
 from fulgurite.server.service import Service
 
+LAST_YEAR = 3000  # which every system's calendar reaches, in any time zone
+
 
 class Text(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def storable(moment: datetime) -> datetime:
+    if moment.year >= LAST_YEAR:
+        raise ValueError(f"before the year {LAST_YEAR}; leave it out for a key that does not expire")
+    return moment
 
 
 class NewKey(Text):
@@ -23,7 +32,7 @@ class NewKey(Text):
 
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$", description="For people: whose key it is.")
     admin: bool = Field(False, description="It may manage keys, and see everyone's usage.")
-    expires_at: AwareDatetime | None = None
+    expires_at: Annotated[AwareDatetime, AfterValidator(storable)] | None = None
     models: tuple[str, ...] | None = Field(None, max_length=100)
     requests_per_minute: int | None = Field(None, ge=1, le=1_000_000)
     pictures_in_flight: int | None = Field(None, ge=1, le=1_000_000)
@@ -84,7 +93,7 @@ class UsageShown(Text):
 
 
 def add_accounts(app: FastAPI, service: Service) -> None:
-    keys = service.ledger.keys
+    keys, new_key = service.ledger.keys, NewKey.model_json_schema()
 
     @app.get("/api/v1/usage", responses=error_responses(401, 403, 422, 503), dependencies=[BEARER])
     async def usage(
@@ -111,12 +120,14 @@ def add_accounts(app: FastAPI, service: Service) -> None:
     @app.post(
         "/api/v1/admin/keys",
         status_code=201,
-        responses=error_responses(400, 401, 403, 404, 422, 503),
+        responses=error_responses(400, 401, 403, 404, 408, 413, 415, 422, 503),
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": new_key}}}},
         dependencies=[BEARER],
     )
-    async def create_key(http: HTTPRequest, new: NewKey) -> KeyMade:
+    async def create_key(http: HTTPRequest) -> KeyMade:
         """A new key. Its secret is shown this once."""
-        await service.admin(http)
+        await service.admin(http)  # before a byte of the body is read
+        new = await read_body(http, service.settings.max_body_bytes, NewKey)
         for model in new.models or ():
             service.check_served(model)
         limits = Limits(

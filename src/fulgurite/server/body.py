@@ -39,6 +39,7 @@ class PictureBody(BaseModel):
 
 
 Body = TypeVar("Body", bound=PictureBody)
+Shape = TypeVar("Shape", bound=BaseModel)
 
 
 class PredictionBody(PictureBody):
@@ -69,7 +70,7 @@ def body_schema(kind: type[PictureBody]) -> dict[str, Any]:
     return schema
 
 
-async def read_body(http: Request, most: int, shape: type[Body]) -> Body:
+async def read_body(http: Request, most: int, shape: type[Shape]) -> Shape:
     """Reads and checks the body. Raises Problem: 400, 408, 413, 415 or 422."""
     kind = http.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":

@@ -51,6 +51,11 @@ class Prediction:
     answer: "asyncio.Task[Answer]"
     cancelled: bool = False
 
+    def found(self) -> "Prediction | Answer":
+        """What there is of it: the answer once it succeeded, else itself. Raises nothing."""
+        done = self.answer.done() and not self.answer.cancelled() and self.answer.exception() is None
+        return self.answer.result() if done else self
+
     def status(self) -> Literal["starting", "processing", "failed", "canceled"]:
         if self.answer.done():
             return "canceled" if self.cancelled else "failed"
@@ -91,7 +96,7 @@ class Predictions:
     async def find(self, key: Key, id: str) -> Prediction | Answer:
         """What there is under this id. Raises Problem (404)."""
         if prediction := self._known.get((key.id, id)):
-            return prediction
+            return prediction.found()
         find = self._service.ledger.answer
         answer = await asyncio.to_thread(find, key.id, idempotency_key=reserved_key(id))
         if answer is None:
@@ -111,8 +116,7 @@ class Predictions:
     def _tell(
         self, webhook: str, base_url: str, name: tuple[str, str], prediction: Prediction, task: "asyncio.Task[Answer]"
     ) -> None:
-        failed = task.cancelled() or task.exception() is not None
-        found = shown(base_url, name[1], prediction if failed else task.result())
+        found = shown(base_url, name[1], prediction.found())
         self._service.webhooks.send(webhook, name[0], f"{name[1]}-{found.status}", found.model_dump_json().encode())
 
     def _forget_one(self) -> bool:
@@ -166,7 +170,8 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         _, id, prediction = await predictions.begin(http, id)
         found: Prediction | Answer = prediction
         if "respond-async" not in http.headers.get("prefer", "").lower():
-            found = await asyncio.shield(prediction.answer)
+            await asyncio.wait({prediction.answer})  # which a client that goes away does not stop
+            found = prediction.found() if prediction.cancelled else prediction.answer.result()
         status = 201 if isinstance(found, Answer) else 202
         return JSONResponse(shown(str(http.base_url), id, found).model_dump(), status)
 

@@ -14,10 +14,13 @@ import re
 import secrets
 import socket
 import time
+from contextlib import suppress
+from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
 
 import httpx
 
+from fulgurite.errors import FulguriteError
 from fulgurite.server.problems import Problem
 from fulgurite.settings import Settings
 
@@ -45,29 +48,36 @@ class Webhooks:
         if self._settings.webhook_secret:
             return self._settings.webhook_secret.get_secret_value().encode()
         file = self._settings.home / "webhook.secret"
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return file.read_bytes()
-        with os.fdopen(descriptor, "wb") as new:
-            new.write(secrets.token_hex(32).encode())
-        return file.read_bytes()
+        if not file.exists():
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=file.parent) as new:  # for its owner alone
+                new.write(secrets.token_hex(32).encode())
+                new.flush()
+                os.fsync(new.fileno())
+                with suppress(FileExistsError):  # another server was first
+                    os.link(new.name, file)  # whole, or not there at all
+        if secret := file.read_bytes():
+            return secret
+        raise FulguriteError(f"{file} is empty: delete it, to have another secret made.")
 
     async def check(self, url: str) -> None:
         """Raises Problem: 422 if it is no URL, 403 if it leads into the server's own network."""
         if not re.fullmatch(URL_PATTERN, url):
             message = "webhook: send an http or https URL, such as https://example.com/hook."
             raise Problem(422, "invalid_parameter", message, "webhook")
-        if self._settings.webhook_private:
-            return
+        await self._addresses(url)
+
+    async def _addresses(self, url: str) -> list[str]:
+        """Where a URL's host is now: nowhere, perhaps. Raises Problem (403) if it may not be there."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            return  # no address now: sending will find that out, and try again
-        if not all(ipaddress.ip_address(address[4][0]).is_global for address in found):
+            return []
+        addresses = [str(address[4][0]) for address in found]
+        if not (self._settings.webhook_private or all(ipaddress.ip_address(each).is_global for each in addresses)):
             message = "webhook: its host is in a private network. An operator can allow that: webhook_private."
             raise Problem(403, "webhook_not_allowed", message, "webhook")
+        return addresses
 
     def send(self, url: str, key_id: str, id: str, body: bytes) -> None:
         """Tells the receiver, trying again for some minutes. Every try carries the same ``webhook-id``."""
@@ -82,11 +92,21 @@ class Webhooks:
             for delay in DELAYS:
                 await asyncio.sleep(delay)
                 try:
-                    await self.check(url)  # again: names may have moved
-                    answer = await client.post(url, content=body, headers=signed(secret, id, body, int(time.time())))
+                    # Looked up again, since names move; and the request goes to the address that was looked at.
+                    if not (addresses := await self._addresses(url)):
+                        why = "its host has no address"
+                        continue
+                    headers = signed(secret, id, body, int(time.time()))
+                    request = client.build_request("POST", url, content=body, headers=headers)
+                    pin(request, addresses[0])
+                    async with asyncio.timeout(TIMEOUT):
+                        answer = await client.send(request, stream=True)  # of which no more than the head is read
+                        await answer.aclose()
                     if answer.is_success:
                         return
                     why = f"answered {answer.status_code}"
+                except TimeoutError:
+                    why = f"no answer within {TIMEOUT:g} s"
                 except (httpx.HTTPError, httpx.InvalidURL) as error:
                     why = str(error) or type(error).__name__
                 except Problem as error:
@@ -99,6 +119,13 @@ class Webhooks:
             _, late = await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
             for task in late:
                 task.cancel()
+
+
+def pin(request: httpx.Request, address: str) -> None:
+    """Sends a request to this address, whatever its host's name leads to by then; the host is asked for by its name."""
+    host = request.url.host  # which the header Host has, and TLS checks
+    request.url = request.url.copy_with(host=address)
+    request.extensions = {**request.extensions, "sni_hostname": host}
 
 
 def signed(secret: str, id: str, body: bytes, timestamp: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from fulgurite.training.vae import to_pixels
 
 SIDE = 64  # pixels, of what the encoder sees
 FEATURES = 64
-PICTURES = 4000  # rendered beforehand to train on
+PICTURES = 8000  # rendered beforehand to train on
 
 
 class PictureEncoder(nn.Module):

@@ -35,7 +35,7 @@ from fulgurite.weights.load import load_folder, locate
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
-READER_STEPS = 1000  # of the judge that evaluates
+READER_STEPS = 1500  # of the judge that evaluates
 LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts and styles are evaluated
 EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
 
@@ -59,7 +59,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=8000, text_steps=1500, teacher_steps=5000, batch=32,
+        "cpu", True, FIRST, vae_steps=1150, scenes=12_000, text_steps=2500, teacher_steps=8000, batch=32,
         decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
