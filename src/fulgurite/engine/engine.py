@@ -141,6 +141,7 @@ class Engine:
             if jobs:
                 outcome = runner.run(work.stage, work.group, list(jobs))
                 self._update(work, jobs, outcome, time.monotonic() - started)
+                del outcome  # an error in it holds what the stage had in memory
 
     def _schedule(self) -> Work | None:
         """Waits for work that is still wanted; None once closed, or once another thread has taken over."""

@@ -5,6 +5,7 @@ its answer. What succeeded is in the ledger and outlives this process; what runs
 """
 
 import asyncio
+import traceback
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
@@ -110,7 +111,11 @@ class Predictions:
 
     def _ended(self, name: tuple[str, str], task: "asyncio.Task[Answer]") -> None:
         known = self._known.get(name)
-        if known and known.answer is task and not task.cancelled() and task.exception() is None:
+        if task.cancelled():
+            return
+        if error := task.exception():
+            traceback.clear_frames(error.__traceback__)  # kept for its words alone: frames may hold a picture
+        elif known and known.answer is task:
             del self._known[name]  # the ledger has it
 
     def _tell(
