@@ -309,7 +309,12 @@ def test_latents_of_other_things_or_of_another_autoencoder_are_made_anew(
     np.save(tmp_path / "sprites.npy", sprites.pixels)
     (tmp_path / "things.json").write_text(json.dumps([asdict(thing) for thing in sprites.things]))
     vae, made = VAE(SMALL_VAE).eval(), []
-    for names, autoencoder in ((None, vae), (None, vae), (frozenset({"fox", "house"}), vae), (None, VAE(SMALL_VAE).eval())):
+    for names, autoencoder in (
+        (None, vae),
+        (None, vae),
+        (frozenset({"fox", "house"}), vae),
+        (None, VAE(SMALL_VAE).eval()),
+    ):
         latents = build_latents(tmp_path, names, autoencoder, (64, 64), 2, tmp_path / "latents")
         made.append(len(list((tmp_path / "latents").iterdir())))
         assert latents.latents.shape[0] == len(latents.scenes) == 2
