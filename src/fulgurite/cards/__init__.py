@@ -132,12 +132,10 @@ def add(folder: Path | None) -> None:
             raise FulguriteError(f"{file} is no model's card: {error}.") from None
         if card.id in packaged() or card.id in found:
             raise FulguriteError(f"{file}: there is a model {card.id} already. Give it another id.")
-        found[card.id] = replace(card, weights=starting_at(folder, card.weights)) if local(card) else card
+        if card.weights.source == "local":
+            card = replace(card, weights=starting_at(folder, card.weights))
+        found[card.id] = card
     added.update(found)
-
-
-def local(card: Card) -> bool:
-    return card.weights.source == "local"
 
 
 def starting_at(folder: Path, weights: Weights) -> Weights:

@@ -143,12 +143,17 @@ def student_file(students: Path, name: str, whole: bool, prediction: str | None 
     return students / f"{name}{'step' * name.isdigit()}_{kind}{x0}.safetensors"
 
 
+def existing(students: Path, name: str, whole: bool) -> Path | None:
+    """The student's file of a kind, whatever it predicts, if there is one."""
+    files = (student_file(students, name, whole, prediction) for prediction in (None, "x0"))
+    return next((file for file in files if file.exists()), None)
+
+
 def finished_student(students: Path, name: str) -> tuple[Path, bool]:
     """A student's file, and whether that is a whole UNet."""
     for whole in (True, False):
-        for prediction in (None, "x0"):
-            if (path := student_file(students, name, whole, prediction)).exists():
-                return path, whole
+        if path := existing(students, name, whole):
+            return path, whole
     raise WeightsError(f"There is no student {name} in {students}.")
 
 

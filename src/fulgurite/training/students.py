@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from fulgurite.cards import parse
-from fulgurite.training.distil import student_file
+from fulgurite.training.distil import existing, student_file
 from fulgurite.weights.files import Files, folder_files
 
 STEPS = (8, 4, 2, 1)
@@ -22,10 +22,9 @@ def students_in(folder: Path, unet: Path) -> dict[int, Files]:
     """
     of_base, found = replace(folder_files(unet.parent.parent), unet=unet), {}
     for n in STEPS:
-        whole = [student_file(folder, str(n), True, prediction) for prediction in (None, "x0")]
         loras = [student_file(folder, name, False) for name in ("guided", str(n))]
-        if wholes := [path for path in whole if path.exists()]:
-            found[n] = replace(of_base, unet=wholes[0])
+        if whole := existing(folder, str(n), whole=True):
+            found[n] = replace(of_base, unet=whole)
         elif changes := tuple(path for path in loras if path.exists()):
             found[n] = replace(of_base, loras=changes)
     return found
