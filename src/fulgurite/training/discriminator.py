@@ -1,9 +1,12 @@
-"""The judge of adversarial distillation: whether a latent was reached by the teacher, or by the student.
+"""The judge of adversarial distillation: whether a latent is the teacher's, or data, or the student's.
 
-As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the way down and the middle, with a
-small head on the middle's features: it judges latents, at any noise, by the prompt, and knows pictures from the start.
+As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the way down and the middle: it judges
+latents, at any noise, by the prompt, and knows pictures from the start. A small head on the features of each resolution
+judges every place (as in latent adversarial diffusion distillation, arXiv 2403.12015); the paper has one, on the
+middle's, and the small model's middle says next to nothing of whose a latent is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,19 +27,26 @@ class Noisy:
 
 
 class Head(nn.Module):
-    """Features ``[B, C, h, w]`` to a logit for each row ``[B]``: halved twice, then averaged over places."""
+    """Features ``[B, C, h, w]`` to a logit for each place ``[B, 1, h, w]``, by what lies around it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         width = 64
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(GROUPS, width), nn.SiLU(),
-            nn.Conv2d(width, width, 4, stride=2, padding=2), nn.GroupNorm(GROUPS, width), nn.SiLU(),
+            nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(GROUPS, width), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(GROUPS, width), nn.SiLU(),
             nn.Conv2d(width, 1, 1),
         )  # fmt: skip
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).mean(dim=(1, 2, 3))
+        return self.layers(features)
+
+
+class AsItIs(nn.Module):
+    """In the place of a block that is left out."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x
 
 
 class Discriminator(nn.Module):
@@ -46,27 +56,44 @@ class Discriminator(nn.Module):
     cannot always follow in few steps, for any place that the teacher might have reached (arXiv 2402.13929, section 3).
     """
 
-    def __init__(self, unet: UNet, conditional: bool) -> None:
-        """Takes ``unet`` as its own, and drops its way up."""
+    def __init__(self, unet: UNet, conditional: bool, resolutions: int | None = None) -> None:
+        """Takes ``unet`` as its own, and drops what it has no use for.
+
+        ``resolutions``: how many it looks at, from the finest; all, and so the middle too, where that is not said.
+        """
         super().__init__()
         del unet.up_blocks, unet.conv_norm_out, unet.conv_out
+        widths = unet.config.block_out_channels[:resolutions]
+        if len(widths) < len(unet.down_blocks):
+            unet.down_blocks, unet.mid_block = unet.down_blocks[: len(widths)], AsItIs()  # type: ignore[assignment]
         self.unet, self.conditional = unet, conditional
-        self.head = Head(unet.config.block_out_channels[-1] * (2 if conditional else 1))
+        seen = 2 if conditional else 1
+        self.heads = nn.ModuleList(Head(channels * seen) for channels in widths)
 
-    def forward(self, end: Noisy, begin: Noisy, context: Tensor, pooled: Tensor, sizes: Tensor) -> Tensor:
-        """A logit for each row ``[B]``: above 0, the teacher's."""
+    def forward(self, end: Noisy, begin: Noisy, context: Tensor, pooled: Tensor, sizes: Tensor) -> list[Tensor]:
+        """Of each resolution, the finest first, a logit for each place ``[B, 1, h, w]``: above 0, not the student's."""
         seen = (end, begin) if self.conditional else (end,)
-        features = [self.unet.encode(z.x, z.timesteps, context, pooled, sizes)[0] for z in seen]
+        features = zip(*(self.features(z, context, pooled, sizes) for z in seen), strict=True)
         # In float32: in bfloat16 on a CPU the gradients of the second convolution's weights were at times not numbers.
         with torch.autocast(end.x.device.type, enabled=False):
-            return self.head(torch.cat(features, dim=1).float())
+            return [head(torch.cat(of, dim=1).float()) for head, of in zip(self.heads, features, strict=True)]
+
+    def features(self, z: Noisy, context: Tensor, pooled: Tensor, sizes: Tensor) -> list[Tensor]:
+        """Of each resolution what the UNet finds last on its way down; of the coarsest, the middle's."""
+        middle, skips, _ = self.unet.encode(z.x, z.timesteps, context, pooled, sizes)
+        by_size = {found.shape[2:]: found for found in (*skips, middle)}
+        return list(by_size.values())[: len(self.heads)]
 
 
-def judge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator lessens, for its logits of the teacher's and the student's latents."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+def judge_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """What the discriminator lessens, for its logits of what is real and of the student's latents."""
+    return mean_of([F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake, strict=True)])
 
 
-def student_loss(fake: Tensor) -> Tensor:
+def student_loss(fake: Sequence[Tensor]) -> Tensor:
     """What the student lessens: the non-saturating form (Goodfellow et al., arXiv 1406.2661, section 3)."""
-    return F.softplus(-fake).mean()
+    return mean_of([F.softplus(-f).mean() for f in fake])
+
+
+def mean_of(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).mean()

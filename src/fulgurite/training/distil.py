@@ -31,11 +31,21 @@ from fulgurite.training.scenes import no_caption
 from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
 from fulgurite.weights.load import load_unet
 
-JUDGED_AT = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before they are judged, at random
-JUDGES_SHARE = 0.1  # of the student's learning rate: the judge's whole UNet learns, the student's changes are small
+HEADS_PEAK = 1e-3  # learning rate of a judge's heads, which are new where its UNet is not
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
 SHEET = 8  # pictures
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a student is judged, where it learns against a judge."""
+
+    at: tuple[int, ...] = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before that, at random
+    resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
+    peak: float = 3e-5  # learning rate of the judge's UNet
+    ahead: int = 0  # updates in which the judge learns alone, before the student's first
+    turns: int = 1  # updates in which the judge learns, for each of the student's
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Distillation:
     teacher: str | None  # another student; None: the undistilled model, guided
     teacher_steps: int
     steps: int  # the student's: a divisor of the teacher's
-    objective: str  # "squared", "conditional" or "relaxed"
+    objective: str  # "squared", "conditional", "relaxed"; "data": relaxed, and what the judge holds for real is data
     start: str | None  # the student whose weights it begins with
     updates: int
     peak: float
@@ -54,6 +64,7 @@ class Distillation:
     upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
+    judging: Judging = Judging()
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Step:
     timesteps: Tensor
     following: Tensor
     following_timesteps: Tensor  # 0 where the latent is clean
-    reached: Tensor  # by the teacher, in several steps
+    reached: Tensor  # by the teacher, in several steps; or data, noised to there
     told: Conditions
 
 
@@ -98,24 +109,32 @@ def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -
     return Noisy(scale_input(x + per_row(more, x) * noise, sigma), at)
 
 
-def adversarial(judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor) -> dict[str, Tensor]:
-    """Both sides' losses on a student's clean latents; each reaches its own side's weights alone."""
+def adversarial(
+    judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor, timesteps: Sequence[int]
+) -> dict[str, Tensor]:
+    """Both sides' losses on a student's clean latents, judged at the noise of one of the timesteps.
+
+    Each reaches its own side's weights alone. Where no gradient is wanted of the latents, the judge's loss alone.
+    """
     shown = clean.detach().requires_grad_()
     mine = euler_step(step.x, shown, step.sigma, step.following)
-    at = torch.tensor(JUDGED_AT, device=mine.device)[torch.randint(len(JUDGED_AT), (len(mine),), device=mine.device)]
+    choice = torch.randint(len(timesteps), (len(mine),), device=mine.device)
+    at = torch.tensor(timesteps, device=mine.device)[choice]
     noise = torch.randn_like(mine)
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
     told = step.told
 
-    def judged(x: Tensor) -> Tensor:
+    def judged(x: Tensor) -> list[Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16):
             end = renoised(x, step, at, noise, sigmas)
-            return judge(end, begin, told.context, told.pooled, told.sizes).float()
+            return judge(end, begin, told.context, told.pooled, told.sizes)
 
-    fooled = student_loss(judged(mine))
-    (slope,) = torch.autograd.grad(fooled, shown)
-    fooled = fooled.detach() + ((clean - shown.detach()) * slope).sum()
-    return {"adversarial": fooled, "judge": judge_loss(judged(step.reached), judged(mine.detach()))}
+    losses = {}
+    if clean.requires_grad:
+        fooled = student_loss(judged(mine))
+        (slope,) = torch.autograd.grad(fooled, shown)
+        losses["adversarial"] = fooled.detach() + ((clean - shown.detach()) * slope).sum()
+    return losses | {"judge": judge_loss(judged(step.reached), judged(mine.detach()))}
 
 
 @dataclass(frozen=True)
@@ -170,22 +189,31 @@ def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dty
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
-    """Scenes at random, each noised to where one of the student's steps begins; its teacher walks to the end."""
+def a_step(
+    teacher: UNet | None, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int
+) -> Step:
+    """Scenes at random, each noised to where one of the student's steps begins.
+
+    The teacher walks to the end; without one, the end is the scene noised to there.
+    """
     rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, scenes = ground.latents.batch(ground.batch, rng)
     told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
-    guide = None
-    if plan.teacher is None:
-        away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
-        guide = Guide(away, plan.guidance or ground.card.guidance_strength)
     stride = plan.teacher_steps // plan.steps
     first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
-    x = begun(clean.to(device), torch.randn(clean.shape).to(device), first, schedule)
-    reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     end = first + stride
+    clean, following = clean.to(device), schedule.sigmas[end]
+    x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
+    if teacher is None:
+        reached = clean + per_row(following, clean) * torch.randn(clean.shape).to(device)
+    else:
+        guide = None
+        if plan.teacher is None:
+            away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
+            guide = Guide(away, plan.guidance or ground.card.guidance_strength)
+        reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[end]
-    return Step(x, schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[end], after, reached, told)
+    return Step(x, schedule.sigmas[first], schedule.timesteps[first], following, after, reached, told)
 
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
@@ -194,22 +222,25 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     if path.exists():
         return path
     torch.manual_seed(0)
-    device, folder = ground.run.device, folder / plan.name
-    teacher = network(ground, students, plan.upon, plan.teacher)
-    unet, networks = learning(plan, ground, students)
-    shares = {"student": 1.0, "judge": JUDGES_SHARE} if "judge" in networks else None
+    device, folder, judging = ground.run.device, folder / plan.name, plan.judging
+    teacher = None if plan.objective == "data" else network(ground, students, plan.upon, plan.teacher)
+    unet, networks, judge = learning(plan, ground, students)
+    shares = None
+    if judge:
+        peaks = {"student": plan.peak, "judge.unet": judging.peak, "judge.heads": HEADS_PEAK}
+        shares = {name: peak / plan.peak for name, peak in peaks.items()}
     stage = Stage(folder, networks, plan.peak, plan.updates, 0.99, SAVE_EVERY, shares, ground.run)
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
     schedule = on(trailing_schedule(plan.teacher_steps), device)
-    sigmas = train_sigmas().to(device)
+    sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = a_step(teacher, ground, sayer, plan, schedule, stage.number)
-        clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, plan.prediction or ground.card.prediction)
-        if "judge" in networks:
-            judge = networks["judge"]
-            assert isinstance(judge, Discriminator)
-            stage.update(adversarial(judge, clean, step, sigmas))
+        learns = judge is None or (stage.step >= judging.ahead and stage.step % judging.turns == 0)
+        with torch.set_grad_enabled(learns):
+            clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
+        if judge:
+            stage.update(adversarial(judge, clean, step, sigmas, judging.at))
         else:
             stage.update({"squared": squared(clean, step)})
         if stage.due(SHEET_EVERY):
@@ -222,8 +253,8 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     return path
 
 
-def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict]:
-    """The student's UNet, and what of it learns, with the judge where it has one."""
+def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict, Discriminator | None]:
+    """The student's UNet, all that learns, by name, and the judge of it, where the student has one."""
     if plan.rank is None:
         unet = network(ground, students, plan.upon, plan.start, dtype=torch.float32)
         networks = nn.ModuleDict({"student": unet.requires_grad_(True)})
@@ -234,12 +265,14 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
             lora.load(finished_student(students, plan.start)[0])
         lora.attach(unet)
         networks = nn.ModuleDict({"student": lora})
+    judge = None
     if plan.objective != "squared":
         judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
-        networks["judge"] = Discriminator(judges, plan.objective == "conditional").to(ground.run.device)
+        judge = Discriminator(judges, plan.objective == "conditional", plan.judging.resolutions)
+        networks["judge"] = judge.to(ground.run.device)
     if ground.checkpointing:
         checkpoint_blocks(nn.ModuleList([unet, networks]))
-    return unet, networks
+    return unet, networks, judge
 
 
 def checkpoint_blocks(network: nn.Module) -> None:

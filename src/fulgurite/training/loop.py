@@ -70,7 +70,8 @@ class Stage:
     """One stage's networks, optimizer and averaged weights, kept in ``folder`` so that a run can go on.
 
     The average (EMA) is what ships: it is a few points better than the last step's weights. ``shares`` are the
-    networks' own parts of the learning rate, where they differ. Files are written by the first process alone.
+    own parts of the learning rate, where they differ, of networks or of what is in them. Files are written by the first
+    process alone.
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class Stage:
         self.save_every, self.run, self.processes = save_every, run, PartialState()
         self.average = deepcopy(networks).requires_grad_(False)
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
-        groups = [{"params": networks[name].parameters(), "share": share} for name, share in (shares or {}).items()]
+        parts = {networks.get_submodule(name): share for name, share in (shares or {}).items()}
+        groups = [{"params": part.parameters(), "share": share} for part, share in parts.items()]
         self.optimizer = torch.optim.AdamW(groups or self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
