@@ -31,21 +31,12 @@ from fulgurite.training.scenes import no_caption
 from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
 from fulgurite.weights.load import load_unet
 
+JUDGED_AT = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before they are judged, at random
+JUDGES_SHARE = 0.1  # of the student's learning rate: the judge's whole UNet learns, the student's changes are small
 HEADS_PEAK = 1e-3  # learning rate of a judge's heads, which are new where its UNet is not
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
 SHEET = 8  # pictures
-
-
-@dataclass(frozen=True)
-class Judging:
-    """How a student is judged, where it learns against a judge."""
-
-    at: tuple[int, ...] = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before that, at random
-    resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
-    peak: float = 3e-5  # learning rate of the judge's UNet
-    ahead: int = 0  # updates in which the judge learns alone, before the student's first
-    turns: int = 1  # updates in which the judge learns, for each of the student's
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Distillation:
     teacher: str | None  # another student; None: the undistilled model, guided
     teacher_steps: int
     steps: int  # the student's: a divisor of the teacher's
-    objective: str  # "squared", "conditional", "relaxed"; "data": relaxed, and what the judge holds for real is data
+    objective: str  # "squared", "conditional" or "relaxed"
     start: str | None  # the student whose weights it begins with
     updates: int
     peak: float
@@ -64,7 +55,6 @@ class Distillation:
     upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
-    judging: Judging = Judging()
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class Step:
     timesteps: Tensor
     following: Tensor
     following_timesteps: Tensor  # 0 where the latent is clean
-    reached: Tensor  # by the teacher, in several steps; or data, noised to there
+    reached: Tensor  # by the teacher, in several steps
     told: Conditions
 
 
@@ -109,17 +99,11 @@ def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -
     return Noisy(scale_input(x + per_row(more, x) * noise, sigma), at)
 
 
-def adversarial(
-    judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor, timesteps: Sequence[int]
-) -> dict[str, Tensor]:
-    """Both sides' losses on a student's clean latents, judged at the noise of one of the timesteps.
-
-    Each reaches its own side's weights alone. Where no gradient is wanted of the latents, the judge's loss alone.
-    """
+def adversarial(judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor) -> dict[str, Tensor]:
+    """Both sides' losses on a student's clean latents; each reaches its own side's weights alone."""
     shown = clean.detach().requires_grad_()
     mine = euler_step(step.x, shown, step.sigma, step.following)
-    choice = torch.randint(len(timesteps), (len(mine),), device=mine.device)
-    at = torch.tensor(timesteps, device=mine.device)[choice]
+    at = torch.tensor(JUDGED_AT, device=mine.device)[torch.randint(len(JUDGED_AT), (len(mine),), device=mine.device)]
     noise = torch.randn_like(mine)
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
     told = step.told
@@ -129,12 +113,10 @@ def adversarial(
             end = renoised(x, step, at, noise, sigmas)
             return judge(end, begin, told.context, told.pooled, told.sizes)
 
-    losses = {}
-    if clean.requires_grad:
-        fooled = student_loss(judged(mine))
-        (slope,) = torch.autograd.grad(fooled, shown)
-        losses["adversarial"] = fooled.detach() + ((clean - shown.detach()) * slope).sum()
-    return losses | {"judge": judge_loss(judged(step.reached), judged(mine.detach()))}
+    fooled = student_loss(judged(mine))
+    (slope,) = torch.autograd.grad(fooled, shown)
+    fooled = fooled.detach() + ((clean - shown.detach()) * slope).sum()
+    return {"adversarial": fooled, "judge": judge_loss(judged(step.reached), judged(mine.detach()))}
 
 
 @dataclass(frozen=True)
@@ -189,31 +171,22 @@ def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dty
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def a_step(
-    teacher: UNet | None, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int
-) -> Step:
-    """Scenes at random, each noised to where one of the student's steps begins.
-
-    The teacher walks to the end; without one, the end is the scene noised to there.
-    """
+def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
+    """Scenes at random, each noised to where one of the student's steps begins; its teacher walks to the end."""
     rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, scenes = ground.latents.batch(ground.batch, rng)
     told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
+    guide = None
+    if plan.teacher is None:
+        away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
+        guide = Guide(away, plan.guidance or ground.card.guidance_strength)
     stride = plan.teacher_steps // plan.steps
     first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
+    x = begun(clean.to(device), torch.randn(clean.shape).to(device), first, schedule)
+    reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     end = first + stride
-    clean, following = clean.to(device), schedule.sigmas[end]
-    x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
-    if teacher is None:
-        reached = clean + per_row(following, clean) * torch.randn(clean.shape).to(device)
-    else:
-        guide = None
-        if plan.teacher is None:
-            away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
-            guide = Guide(away, plan.guidance or ground.card.guidance_strength)
-        reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[end]
-    return Step(x, schedule.sigmas[first], schedule.timesteps[first], following, after, reached, told)
+    return Step(x, schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[end], after, reached, told)
 
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
@@ -222,13 +195,12 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     if path.exists():
         return path
     torch.manual_seed(0)
-    device, folder, judging = ground.run.device, folder / plan.name, plan.judging
-    teacher = None if plan.objective == "data" else network(ground, students, plan.upon, plan.teacher)
+    device, folder = ground.run.device, folder / plan.name
+    teacher = network(ground, students, plan.upon, plan.teacher)
     unet, networks, judge = learning(plan, ground, students)
     shares = None
     if judge:
-        peaks = {"student": plan.peak, "judge.unet": judging.peak, "judge.heads": HEADS_PEAK}
-        shares = {name: peak / plan.peak for name, peak in peaks.items()}
+        shares = {"student": 1.0, "judge.unet": JUDGES_SHARE, "judge.heads": HEADS_PEAK / plan.peak}
     stage = Stage(folder, networks, plan.peak, plan.updates, 0.99, SAVE_EVERY, shares, ground.run)
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
@@ -236,11 +208,9 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = a_step(teacher, ground, sayer, plan, schedule, stage.number)
-        learns = judge is None or (stage.step >= judging.ahead and stage.step % judging.turns == 0)
-        with torch.set_grad_enabled(learns):
-            clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
+        clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
         if judge:
-            stage.update(adversarial(judge, clean, step, sigmas, judging.at))
+            stage.update(adversarial(judge, clean, step, sigmas))
         else:
             stage.update({"squared": squared(clean, step)})
         if stage.due(SHEET_EVERY):
@@ -268,7 +238,7 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
     judge = None
     if plan.objective != "squared":
         judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
-        judge = Discriminator(judges, plan.objective == "conditional", plan.judging.resolutions)
+        judge = Discriminator(judges, plan.objective == "conditional")
         networks["judge"] = judge.to(ground.run.device)
     if ground.checkpointing:
         checkpoint_blocks(nn.ModuleList([unet, networks]))
