@@ -423,7 +423,7 @@ def test_ten_thousand_jobs_leave_no_objects_behind() -> None:
 
 @needs_weights
 def test_the_embedded_models_pictures_in_half_precision_are_those_of_full_precision() -> None:
-    """52 dB and more were measured; 40 dB is beyond what people can see."""
+    """50 dB and more were measured; 40 dB is beyond what people can see."""
     exact, half = (Pipeline.load(SPARK, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     for seed, prompt in enumerate(("a red fox", "a green tree", "a rocket on a black background")):
         request = replace(FOX, prompt=prompt, seed=seed, num_steps=8)
@@ -433,7 +433,7 @@ def test_the_embedded_models_pictures_in_half_precision_are_those_of_full_precis
 @needs_weights
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_embedded_fast_decoders_pictures_are_near_the_full_ones(steps: int) -> None:
-    """29.7 dB and more were measured over 1 to 8 steps; a decoder of other latents would be far below 25."""
+    """28 dB and more were measured over 1 to 8 steps; a decoder of other latents would be far below 25."""
     draw = Pipeline.load("fulgurite/spark-lightning", steps=steps)
     for seed, prompt in enumerate(("a red fox", "a green tree", "a rocket on a black background")):
         full = replace(FOX, prompt=prompt, seed=seed, num_steps=steps)

@@ -81,5 +81,5 @@ def student_loss(fake: Sequence[Tensor]) -> Tensor:
     return mean_of([F.softplus(-f).mean() for f in fake])
 
 
-def mean_of(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).mean()
+def mean_of(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean()
