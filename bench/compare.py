@@ -46,7 +46,7 @@ Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
 FAST = ("ours-fast-decoder", "ours-int8-fast-decoder")
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
-INT8 = ("ours-int8", "ours-int8-fast-decoder")  # the embedded model's layers are all too small for it
+INT8 = ("ours-int8", "ours-int8-fast-decoder")  # of the embedded model few layers are large enough for it
 SETTLED = 0.1  # seconds, within which the threads of who ran before no longer spin for more to do
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
 

@@ -23,7 +23,7 @@ class Way(Protocol):
 
 class Ours:
     def __init__(self, work: Work, int8: bool = False, **changes: Any) -> None:
-        """With ``changes`` to the work's request; ``int8``: the UNet's large linear layers in 8 bits."""
+        """With ``changes`` to the work's request; ``int8``: large layers of the UNet and the decoder in 8 bits."""
         cpu.keep_memory()  # as `fulgurite serve` and `generate` do
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)

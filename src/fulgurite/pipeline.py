@@ -82,9 +82,9 @@ class Pipeline:
     ) -> "Pipeline":
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``.
 
-        Without a ``dtype`` it is the device's usual one. With ``int8``, on a CPU, the UNet's large linear layers are in
-        8 bits, which is quicker and less exact. The text encoders and the VAE of ``like``, another checkpoint
-        of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
+        Without a ``dtype`` it is the device's usual one. With ``int8``, on a CPU, large layers of the UNet and the
+        decoder are in 8 bits, which is quicker and less exact. The text encoders and the VAE of ``like``, another
+        checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device)
         networks = load_networks(of_model, of_model.steps_for(steps), device, dtype, like)
@@ -98,7 +98,8 @@ class Pipeline:
         fuse(networks.unet)
         if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
             if int8:
-                int8_layers.accelerate(networks.unet)
+                for network in (networks.unet, networks.vae.decoder):
+                    int8_layers.accelerate(network)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)

@@ -36,7 +36,7 @@ def usable_kernels(wanted: bool, device: str) -> bool:
 
 
 def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
-    """The numbers that a setting names, and whether large linear layers are in int8. Raises SettingError."""
+    """The numbers that a setting names, and whether large layers are in int8. Raises SettingError."""
     if name == "int8" and not (device == "cpu" and torch.cpu._is_vnni_supported()):
         found = "this one has none" if device == "cpu" else f"the device is {device!r}"
         raise SettingError("precision", f"int8 needs a CPU with AVX-512 VNNI, and {found}.")
