@@ -98,8 +98,8 @@ class Pipeline:
         fuse(networks.unet)
         if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
             if int8:
-                for network in (networks.unet, networks.vae.decoder):
-                    int8_layers.accelerate(network)
+                int8_layers.accelerate(networks.unet)
+                int8_layers.accelerate(networks.vae.decoder)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)

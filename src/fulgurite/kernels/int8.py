@@ -75,11 +75,13 @@ class Int8GEGLU(nn.Module):
 
 
 class Int8Conv2d(PackedBySize):
-    """A convolution of channels-last pictures; weights ``[O, I, kh, kw]`` and the bias ``[O]`` are rounded once."""
+    """A convolution of channels-last pictures within a margin of one pixel; weights ``[O, I, kh, kw]``, bias ``[O]``.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: Sequence[int] = (1, 1), padding: int = 1) -> None:
-        # Pictures come with their margin: oneDNN's own, around numbers whose zero is none, can halve its speed.
-        self.where, self.margin = (stride, [0, 0], [1, 1], 1), padding
+    Pictures get the margin here: oneDNN's own, around numbers of which zero is not 0, can halve its speed.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: Sequence[int] = (1, 1)) -> None:
+        self.where = stride, [0, 0], [1, 1], 1  # padding, dilation, groups
         values, self.scale = rounded(weight)
         self.zeros = torch.zeros(len(values), dtype=torch.int32)
         super().__init__(values, None if bias is None else bias.float())
@@ -94,11 +96,9 @@ class Int8Conv2d(PackedBySize):
 
     def of_picture(self, x: Tensor) -> Tensor:
         values, scale, zero = quantized(x)
-        values = F.pad(values, [self.margin] * 4, value=zero)
-        weight, after = self.weight_for(values), (1.0, 0, x.dtype, "none", [], "")
-        return ops.qconv2d_pointwise(
-            values, scale, zero, weight, self.scale, self.zeros, self.bias, *self.where, *after
-        )
+        values = F.pad(values, [1, 1, 1, 1], value=zero)
+        product = values, scale, zero, self.weight_for(values), self.scale, self.zeros
+        return ops.qconv2d_pointwise(*product, self.bias, *self.where, 1.0, 0, x.dtype, "none", [], "")
 
 
 class Int8Upsample(nn.Module):
@@ -111,8 +111,9 @@ class Int8Upsample(nn.Module):
     def __init__(self, plain: Upsample) -> None:
         super().__init__()
         add = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # even and odd, of 2, from 3
-        weight, bias = plain.conv.weight.float(), plain.conv.bias
-        quarters = torch.einsum("yak,xbl,oikl->yxoiab", add, add, weight).flatten(0, 2)
+        weight, bias = plain.conv.weight, plain.conv.bias
+        assert bias is not None
+        quarters = torch.einsum("yak,xbl,oikl->yxoiab", add, add, weight.float()).flatten(0, 2)
         self.conv, self.channels = Int8Conv2d(quarters, bias.repeat(4)), len(weight)
         self.plain = Int8Conv2d(weight, bias)
 
@@ -161,9 +162,9 @@ def accelerate(network: nn.Module) -> None:
             case nn.Linear():
                 if layer.weight.numel() >= LEAST_LINEAR:
                     setattr(network, name, Int8Linear(layer.weight, layer.bias))
-            case nn.Conv2d(kernel_size=(3, 3)):
+            case nn.Conv2d(kernel_size=(3, 3), padding=(1, 1)):
                 if layer.weight.numel() >= LEAST_CONV:
-                    setattr(network, name, Int8Conv2d(layer.weight, layer.bias, layer.stride, layer.padding[0]))
+                    setattr(network, name, Int8Conv2d(layer.weight, layer.bias, layer.stride))
             case Upsample():
                 if layer.conv.weight.numel() >= LEAST_CONV:
                     setattr(network, name, Int8Upsample(layer))
