@@ -57,8 +57,7 @@ class Int8Linear(nn.Module):
         y = ops.qlinear_pointwise(
             x.values, 1.0, ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, x.scale.dtype, "none", [], ""
         )
-        y *= x.scale
-        return y if self.bias is None else y.add_(self.bias)
+        return y.mul_(x.scale) if self.bias is None else torch.addcmul(self.bias, y, x.scale, out=y)
 
 
 class Int8GEGLU(nn.Module):
