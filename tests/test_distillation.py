@@ -1,5 +1,6 @@
 """Distillation's parts: steps as the sampler makes them, objectives, the judge, LoRA files, runs that go on."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from fulgurite.pipeline import Row
 from fulgurite.request import Plan, Request
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
 from fulgurite.training import distil as distillation
-from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss
+from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss, unsteadiness
 from fulgurite.training.distil import (
     Distillation,
     Ground,
+    Judging,
     Step,
     a_step,
     adversarial,
@@ -143,15 +145,17 @@ def test_noise_is_added_up_to_a_timestep_and_never_taken_away() -> None:
 
 
 @pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("resolutions", [None, 1])
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (12, 20)])
-def test_the_judge_gives_each_place_a_logit(size: tuple[int, int], conditional: bool) -> None:
-    judge = Discriminator(UNet(UNET), conditional)
+def test_the_judge_gives_each_place_a_logit(size: tuple[int, int], resolutions: int | None, conditional: bool) -> None:
+    judge = Discriminator(UNet(UNET), conditional, resolutions)
     assert not any(name.startswith("unet.up_blocks") for name, _ in judge.named_parameters())
+    assert any(name.startswith("unet.mid_block") for name, _ in judge.named_parameters()) == (resolutions is None)
     told, timesteps = conditions(2), torch.tensor([10, 999])
     end, begin, other = (Noisy(torch.randn(2, 4, *size), timesteps) for _ in range(3))
     logits = judge(end, begin, told.context, told.pooled, told.sizes)
     height, width = size
-    sizes = [(2, 1, height >> level, width >> level) for level in range(len(UNET.block_out_channels))]
+    sizes = [(2, 1, height >> level, width >> level) for level in range(resolutions or len(UNET.block_out_channels))]
     assert [tuple(places.shape) for places in logits] == sizes
     elsewhere = judge(end, other, told.context, told.pooled, told.sizes)
     for here, there in zip(logits, elsewhere, strict=True):
@@ -161,16 +165,18 @@ def test_the_judge_gives_each_place_a_logit(size: tuple[int, int], conditional: 
 def test_each_sides_loss_reaches_its_own_weights() -> None:
     judge, step = Discriminator(roughened(UNet(UNET)), True), a_random_step()
     clean = torch.randn(3, 4, 8, 8, requires_grad=True)
-    losses = adversarial(judge, clean, step, train_sigmas())
+    losses = adversarial(judge, clean, step, train_sigmas(), (10, 500))
     losses["adversarial"].backward()
     assert clean.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in judge.parameters())
     before, clean.grad = clean.grad, None
-    losses["judge"].backward()
+    (losses["judge"] + losses["unsteady"]).backward()
     assert clean.grad is None
     assert before.shape == (3, 4, 8, 8)
     assert all(head.layers[0].weight.grad.abs().sum() > 0 for head in judge.heads)
     assert judge.unet.conv_in.weight.grad.abs().sum() > 0
+    alone = adversarial(judge, clean.detach(), step, train_sigmas(), (10,))
+    assert set(alone) == {"judge", "unsteady"}  # its turn alone
 
 
 def test_a_judge_is_best_off_telling_them_apart() -> None:
@@ -178,6 +184,8 @@ def test_a_judge_is_best_off_telling_them_apart() -> None:
     wrong = [-places for places in sure]
     assert judge_loss(sure, wrong) < 0.001 < judge_loss(unsure, unsure) < judge_loss(wrong, sure)
     assert student_loss(sure) < 0.001 < student_loss(unsure) < student_loss(wrong)
+    assert unsteadiness(sure, sure) == 0
+    assert unsteadiness(sure, unsure) == 81
 
 
 def test_a_judge_learns_to_tell_a_student_that_stays_as_it_is() -> None:
@@ -186,7 +194,7 @@ def test_a_judge_learns_to_tell_a_student_that_stays_as_it_is() -> None:
     clean, optimizer = torch.full((3, 4, 8, 8), 5.0, requires_grad=True), torch.optim.Adam(judge.parameters(), 1e-3)
     losses = []
     for _ in range(60):
-        loss = adversarial(judge, clean, step, train_sigmas())["judge"]
+        loss = adversarial(judge, clean, step, train_sigmas(), (10, 500))["judge"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -235,7 +243,48 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("objective", ["conditional", "relaxed"])
+def test_a_judge_learns_alone_at_first_and_in_its_turns(ground: Ground, tmp_path: Path) -> None:
+    judging = Judging(at=(10,), resolutions=1, peak=1e-3, ahead=50, turns=2)
+    plan = replace(SQUARED, name="1", teacher_steps=1, steps=1, objective="data", updates=50, judging=judging)
+    changes = []
+    for updates in (50, 51, 52):
+        distil(replace(plan, updates=updates), ground, tmp_path / str(updates), tmp_path / "work")
+        state = torch.load(tmp_path / "work/1/checkpoint.pt")["networks"]
+        changes.append(torch.cat([t.flatten() for name, t in state.items() if name.endswith("lora_up.weight")]))
+    (log,) = (json.loads(line) for line in (tmp_path / "work/1/log.jsonl").read_text().splitlines())
+    assert log["judge"] < 1  # 1.386 says nothing
+    assert "adversarial" not in log
+    assert not changes[0].any()
+    assert changes[1].any()
+    assert torch.equal(changes[1], changes[2])
+
+
+def test_a_student_may_end_part_of_the_way_from_where_it_began(ground: Ground, tmp_path: Path) -> None:
+    ends = {}
+    for share in (1.0, 0.5):
+        students, work = tmp_path / f"students {share}", tmp_path / f"work {share}"
+        begun_with = load_file(distil(SQUARED, ground, students, work))
+        plan = replace(SQUARED, name="on", start="4", peak=1e-2, share=share)
+        ends[share] = load_file(distil(plan, ground, students, work))
+    whole, half = ends[1.0], ends[0.5]
+    assert any(not torch.equal(tensor, begun_with[name]) for name, tensor in whole.items())
+    for name, tensor in half.items():
+        torch.testing.assert_close(tensor, (begun_with[name] + whole[name]) / 2, atol=1e-3, rtol=1e-2)
+
+
+def test_without_a_teacher_a_step_ends_at_data_noised_to_there(ground: Ground) -> None:
+    plan = replace(SQUARED, objective="data", teacher_steps=4, steps=4)
+    sayer, schedule = Sayer(ground.tokenizers, ground.encoders, "cpu"), trailing_schedule(4)
+    steps = [a_step(None, ground, sayer, plan, schedule, number) for number in range(20)]
+    data = torch.from_numpy(ground.latents.latents).float()
+    ends = [(x, sigma) for step in steps for x, sigma in zip(step.reached, step.following, strict=True)]
+    for x, sigma in ends:
+        off = min(float((x - clean).std()) for clean in data)
+        assert off == pytest.approx(float(sigma), rel=0.25, abs=1e-6)
+    assert {float(sigma) for _, sigma in ends} == {float(sigma) for sigma in schedule.sigmas[1:]}
+
+
+@pytest.mark.parametrize("objective", ["conditional", "relaxed", "data"])
 def test_a_student_of_a_student_learns_against_a_judge(ground: Ground, tmp_path: Path, objective: str) -> None:
     distil(SQUARED, ground, tmp_path, tmp_path / "work")
     plan = Distillation("2", "4", 4, 2, objective, "4", updates=2, peak=1e-2, rank=2)

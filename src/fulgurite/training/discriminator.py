@@ -1,4 +1,4 @@
-"""The judge of adversarial distillation: whether a latent was reached by the teacher, or by the student.
+"""The judge of adversarial distillation: whether a latent is the teacher's, or data, or the student's.
 
 As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the way down and the middle: it judges
 latents, at any noise, by the prompt, and knows pictures from the start. A small head on the features of each resolution
@@ -42,6 +42,13 @@ class Head(nn.Module):
         return self.layers(features)
 
 
+class AsItIs(nn.Module):
+    """In the place of a block that is left out."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        return x
+
+
 class Discriminator(nn.Module):
     """Judges where a step ended, knowing where it began (``conditional``) or not.
 
@@ -49,16 +56,22 @@ class Discriminator(nn.Module):
     cannot always follow in few steps, for any place that the teacher might have reached (arXiv 2402.13929, section 3).
     """
 
-    def __init__(self, unet: UNet, conditional: bool) -> None:
-        """Takes ``unet`` as its own, and drops its way up."""
+    def __init__(self, unet: UNet, conditional: bool, resolutions: int | None = None) -> None:
+        """Takes ``unet`` as its own, and drops what it has no use for.
+
+        ``resolutions``: how many it looks at, from the finest; all, and so the middle too, where that is not said.
+        """
         super().__init__()
         del unet.up_blocks, unet.conv_norm_out, unet.conv_out
+        widths = unet.config.block_out_channels[:resolutions]
+        if len(widths) < len(unet.down_blocks):
+            unet.down_blocks, unet.mid_block = unet.down_blocks[: len(widths)], AsItIs()  # type: ignore[assignment]
         self.unet, self.conditional = unet, conditional
         seen = 2 if conditional else 1
-        self.heads = nn.ModuleList(Head(channels * seen) for channels in unet.config.block_out_channels)
+        self.heads = nn.ModuleList(Head(channels * seen) for channels in widths)
 
     def forward(self, end: Noisy, begin: Noisy, context: Tensor, pooled: Tensor, sizes: Tensor) -> list[Tensor]:
-        """Of each resolution, the finest first, a logit for each place ``[B, 1, h, w]``: above 0, the teacher's."""
+        """Of each resolution, the finest first, a logit for each place ``[B, 1, h, w]``: above 0, not the student's."""
         seen = (end, begin) if self.conditional else (end,)
         features = zip(*(self.features(z, context, pooled, sizes) for z in seen), strict=True)
         # In float32: in bfloat16 on a CPU the gradients of the second convolution's weights were at times not numbers.
@@ -68,17 +81,26 @@ class Discriminator(nn.Module):
     def features(self, z: Noisy, context: Tensor, pooled: Tensor, sizes: Tensor) -> list[Tensor]:
         """Of each resolution what the UNet finds last on its way down; of the coarsest, the middle's."""
         middle, skips, _ = self.unet.encode(z.x, z.timesteps, context, pooled, sizes)
-        return list({found.shape[2:]: found for found in (*skips, middle)}.values())
+        return list({found.shape[2:]: found for found in (*skips, middle)}.values())[: len(self.heads)]
 
 
 def judge_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """What the discriminator lessens, for its logits of the teacher's and the student's latents."""
+    """What the discriminator lessens, for its logits of what is real and of the student's latents."""
     return mean_of([F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake, strict=True)])
 
 
 def student_loss(fake: Sequence[Tensor]) -> Tensor:
     """What the student lessens: the non-saturating form (Goodfellow et al., arXiv 1406.2661, section 3)."""
     return mean_of([F.softplus(-f).mean() for f in fake])
+
+
+def unsteadiness(here: Sequence[Tensor], near: Sequence[Tensor]) -> Tensor:
+    """How much its logits of what is real change with a little noise, squared.
+
+    Lessened too, it keeps a judge from telling the two apart by what a student cannot follow: the gradient penalty R1
+    without a second derivative (adversarial post-training, Lin et al., arXiv 2501.08316).
+    """
+    return mean_of([(a - b).square().mean() for a, b in zip(here, near, strict=True)])
 
 
 def mean_of(losses: list[Tensor]) -> Tensor:

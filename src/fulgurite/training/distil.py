@@ -3,7 +3,8 @@
 Progressive adversarial diffusion distillation, SDXL-Lightning's method (Lin et al., arXiv 2402.13929): each student
 learns to reach in one step where its teacher comes in several, then is the next one's teacher. The first learns from
 the undistilled model under guidance, which it so takes into its weights, by mean squared error. The others learn from a
-discriminator, first one that sees where the step began, then one that does not. Students are LoRA files on the
+discriminator, first one that sees where the step began, then one that does not; the small model's of one step from one
+that compares it with data. Students are LoRA files on the
 undistilled UNet; teachers are read with the loader that serves them.
 """
 
@@ -23,20 +24,32 @@ from fulgurite.models import VAE, Tokenizer, UNet
 from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
 from fulgurite.sampling import Schedule, euler_step, per_row, scale_input, trailing_schedule, train_sigmas
-from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss
+from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss, unsteadiness
 from fulgurite.training.latents import LatentSet, said
-from fulgurite.training.loop import HERE, Run, Stage, save_network
+from fulgurite.training.loop import HERE, Part, Run, Stage, save_network
 from fulgurite.training.low_rank import LoRA
 from fulgurite.training.scenes import no_caption
 from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
 from fulgurite.weights.load import load_unet
 
-JUDGED_AT = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before they are judged, at random
-JUDGES_SHARE = 0.1  # of the student's learning rate: the judge's whole UNet learns, the student's changes are small
+NEAR = 0.1  # noise, of what is real, within which a judge is to say the same
+STEADY = 10.0  # weight of that it does
+MOMENTUM = 0.5  # of both sides' gradients: each changes what the other's mean
 HEADS_PEAK = 1e-3  # learning rate of a judge's heads, which are new where its UNet is not
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
 SHEET = 8  # pictures
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a student is judged, where it learns against a judge."""
+
+    at: tuple[int, ...] = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before that, at random
+    resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
+    peak: float = 3e-5  # learning rate of the judge's UNet
+    ahead: int = 0  # updates in which the judge learns alone, before the student's first
+    turns: int = 1  # updates of the judge for each of the student's
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Distillation:
     teacher: str | None  # another student; None: the undistilled model, guided
     teacher_steps: int
     steps: int  # the student's: a divisor of the teacher's
-    objective: str  # "squared", "conditional" or "relaxed"
+    objective: str  # "squared", "conditional" or "relaxed"; "data": relaxed, and what the judge holds for real is data
     start: str | None  # the student whose weights it begins with
     updates: int
     peak: float
@@ -55,6 +68,8 @@ class Distillation:
     upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
+    judging: Judging = Judging()
+    share: float = 1.0  # of the way from its start's weights to what it learned, where it ends (arXiv 2109.01903)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Step:
     timesteps: Tensor
     following: Tensor
     following_timesteps: Tensor  # 0 where the latent is clean
-    reached: Tensor  # by the teacher, in several steps
+    reached: Tensor  # by the teacher, in several steps; or data, noised to there
     told: Conditions
 
 
@@ -99,24 +114,36 @@ def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -
     return Noisy(scale_input(x + per_row(more, x) * noise, sigma), at)
 
 
-def adversarial(judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor) -> dict[str, Tensor]:
-    """Both sides' losses on a student's clean latents; each reaches its own side's weights alone."""
+def adversarial(
+    judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor, timesteps: Sequence[int]
+) -> dict[str, Tensor]:
+    """Both sides' losses on a student's clean latents, judged at the noise of one of the timesteps.
+
+    Each reaches its own side's weights alone. Where no gradient is wanted of the latents, the judge's alone.
+    """
     shown = clean.detach().requires_grad_()
     mine = euler_step(step.x, shown, step.sigma, step.following)
-    at = torch.tensor(JUDGED_AT, device=mine.device)[torch.randint(len(JUDGED_AT), (len(mine),), device=mine.device)]
+    choice = torch.randint(len(timesteps), (len(mine),), device=mine.device)
+    at = torch.tensor(timesteps, device=mine.device)[choice]
     noise = torch.randn_like(mine)
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
     told = step.told
 
-    def judged(x: Tensor) -> list[Tensor]:
+    def judged(x: Tensor, off: float = 0.0) -> list[Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16):
             end = renoised(x, step, at, noise, sigmas)
+            end = Noisy(end.x + off * torch.randn_like(end.x), end.timesteps)
             return judge(end, begin, told.context, told.pooled, told.sizes)
 
-    fooled = student_loss(judged(mine))
-    (slope,) = torch.autograd.grad(fooled, shown)
-    fooled = fooled.detach() + ((clean - shown.detach()) * slope).sum()
-    return {"adversarial": fooled, "judge": judge_loss(judged(step.reached), judged(mine.detach()))}
+    losses = {}
+    if clean.requires_grad:
+        fooled = student_loss(judged(mine))
+        (slope,) = torch.autograd.grad(fooled, shown)
+        losses["adversarial"] = fooled.detach() + ((clean - shown.detach()) * slope).sum()
+    real = judged(step.reached)
+    losses["judge"] = judge_loss(real, judged(mine.detach()))
+    losses["unsteady"] = STEADY * unsteadiness(real, judged(step.reached, NEAR))
+    return losses
 
 
 @dataclass(frozen=True)
@@ -171,22 +198,31 @@ def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dty
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
-    """Scenes at random, each noised to where one of the student's steps begins; its teacher walks to the end."""
+def a_step(
+    teacher: UNet | None, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int
+) -> Step:
+    """Scenes at random, each noised to where one of the student's steps begins.
+
+    The teacher walks to the end; without one, the end is the scene noised to there.
+    """
     rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, scenes = ground.latents.batch(ground.batch, rng)
-    told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
-    guide = None
-    if plan.teacher is None:
-        away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
-        guide = Guide(away, plan.guidance or ground.card.guidance_strength)
+    clean, told = clean.to(device), sayer([said(scene, rng) for scene in scenes], ground.latents.size)
     stride = plan.teacher_steps // plan.steps
     first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
-    x = begun(clean.to(device), torch.randn(clean.shape).to(device), first, schedule)
-    reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     end = first + stride
     after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[end]
-    return Step(x, schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[end], after, reached, told)
+    following = schedule.sigmas[end]
+    x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
+    if teacher is None:
+        reached = clean + per_row(following, clean) * torch.randn(clean.shape).to(device)
+    else:
+        guide = None
+        if plan.teacher is None:
+            away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
+            guide = Guide(away, plan.guidance or ground.card.guidance_strength)
+        reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
+    return Step(x, schedule.sigmas[first], schedule.timesteps[first], following, after, reached, told)
 
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
@@ -195,28 +231,44 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     if path.exists():
         return path
     torch.manual_seed(0)
-    device, folder = ground.run.device, folder / plan.name
-    teacher = network(ground, students, plan.upon, plan.teacher)
+    device, folder, judging = ground.run.device, folder / plan.name, plan.judging
+    teacher = None if plan.objective == "data" else network(ground, students, plan.upon, plan.teacher)
     unet, networks, judge = learning(plan, ground, students)
-    shares = None
+    beginning = {name: tensor.clone() for name, tensor in networks["student"].named_parameters()}
+    parts = {"student": Part(plan.peak, judging.ahead)}
     if judge:
-        shares = {"student": 1.0, "judge.unet": JUDGES_SHARE, "judge.heads": HEADS_PEAK / plan.peak}
-    stage = Stage(folder, networks, plan.peak, plan.updates, 0.99, SAVE_EVERY, shares, ground.run)
+        parts |= {"judge.unet": Part(judging.peak), "judge.heads": Part(HEADS_PEAK)}
+    stage = Stage(
+        folder,
+        networks,
+        plan.peak,
+        plan.updates,
+        decay=0.99 ** (1 / judging.turns),
+        save_every=SAVE_EVERY,
+        momentum=MOMENTUM if judge else 0.9,
+        parts=parts,
+        run=ground.run,
+    )
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
     schedule = on(trailing_schedule(plan.teacher_steps), device)
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = a_step(teacher, ground, sayer, plan, schedule, stage.number)
-        clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
+        learns = judge is None or (stage.step >= judging.ahead and stage.step % judging.turns == 0)
+        with torch.set_grad_enabled(learns):
+            clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
         if judge:
-            stage.update(adversarial(judge, clean, step, sigmas))
+            stage.update(adversarial(judge, clean, step, sigmas, judging.at))
         else:
             stage.update({"squared": squared(clean, step)})
         if stage.due(SHEET_EVERY):
             sheet(unet, ground, sayer, plan, folder / f"sheet-{stage.step:06d}.jpg")
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
+    with torch.no_grad():
+        for name, learned in average["student"].named_parameters():
+            learned.lerp_(beginning[name], 1 - plan.share)
     if stage.processes.is_main_process:
         save_network(average["student"], path)
     stage.processes.wait_for_everyone()
@@ -238,7 +290,7 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
     judge = None
     if plan.objective != "squared":
         judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
-        judge = Discriminator(judges, plan.objective == "conditional")
+        judge = Discriminator(judges, plan.objective == "conditional", plan.judging.resolutions)
         networks["judge"] = judge.to(ground.run.device)
     if ground.checkpointing:
         checkpoint_blocks(nn.ModuleList([unet, networks]))

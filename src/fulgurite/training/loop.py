@@ -47,7 +47,9 @@ HERE = Run()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Rises over ``warmup`` steps, then falls to zero as a cosine."""
+    """Zero before step 0; rises over ``warmup`` steps, then falls to zero as a cosine."""
+    if step < 0:
+        return 0.0
     rise = min(1.0, (step + 1) / warmup)
     return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -66,11 +68,19 @@ def save_network(network: nn.Module, path: Path, coarse: str | None = None) -> N
     path.with_suffix(".new").replace(path)
 
 
+@dataclass(frozen=True)
+class Part:
+    """How a part of a stage's networks learns."""
+
+    peak: float  # learning rate
+    after: int = 0  # steps, before which it stays as it is
+
+
 class Stage:
     """One stage's networks, optimizer and averaged weights, kept in ``folder`` so that a run can go on.
 
-    The average (EMA) is what ships: it is a few points better than the last step's weights. ``shares`` are the
-    own parts of the learning rate, where they differ, of networks or of what is in them. Files are written by the first
+    The average (EMA) is what ships: it is a few points better than the last step's weights. ``parts`` are what learns,
+    by the names of networks or of what is in them, where not all of it learns alike. Files are written by the first
     process alone.
     """
 
@@ -82,16 +92,17 @@ class Stage:
         steps: int,
         decay: float,
         save_every: int = 500,
-        shares: dict[str, float] | None = None,
+        momentum: float = 0.9,
+        parts: dict[str, Part] | None = None,
         run: Run = HERE,
     ) -> None:
-        self.folder, self.networks, self.peak, self.steps, self.decay = folder, networks, peak, steps, decay
+        self.folder, self.networks, self.steps, self.decay = folder, networks, steps, decay
         self.save_every, self.run, self.processes = save_every, run, PartialState()
         self.average = deepcopy(networks).requires_grad_(False)
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
-        parts = {networks.get_submodule(name): share for name, share in (shares or {}).items()}
-        groups = [{"params": part.parameters(), "share": share} for part, share in parts.items()]
-        self.optimizer = torch.optim.AdamW(groups or self.parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+        self.parts = parts or {"": Part(peak)}
+        groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
+        self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.99), weight_decay=0.01)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -110,14 +121,14 @@ class Stage:
 
         Raises TimeIsUpError once the run's time is over.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak) * group.get("share", 1.0)
         sum(losses.values()).backward()  # type: ignore[union-attr]
         if self.processes.num_processes > 1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad = reduce(parameter.grad, "mean")
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part, group in zip(self.parts.values(), self.optimizer.param_groups, strict=True):
+            group["lr"] = learning_rate(self.step - part.after, self.steps - part.after, part.peak)
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
