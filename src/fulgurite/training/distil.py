@@ -10,6 +10,7 @@ undistilled UNet; teachers are read with the loader that serves them.
 
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -234,7 +235,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     device, folder, judging = ground.run.device, folder / plan.name, plan.judging
     teacher = None if plan.objective == "data" else network(ground, students, plan.upon, plan.teacher)
     unet, networks, judge = learning(plan, ground, students)
-    beginning = {name: tensor.clone() for name, tensor in networks["student"].named_parameters()}
+    beginning = deepcopy(networks["student"]) if plan.share < 1 else None
     parts = {"student": Part(plan.peak, judging.ahead)}
     if judge:
         parts |= {"judge.unet": Part(judging.peak), "judge.heads": Part(HEADS_PEAK)}
@@ -266,9 +267,10 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
             sheet(unet, ground, sayer, plan, folder / f"sheet-{stage.step:06d}.jpg")
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
-    with torch.no_grad():
-        for name, learned in average["student"].named_parameters():
-            learned.lerp_(beginning[name], 1 - plan.share)
+    if beginning:
+        with torch.no_grad():
+            for learned, first in zip(average["student"].parameters(), beginning.parameters(), strict=True):
+                learned.lerp_(first, 1 - plan.share)
     if stage.processes.is_main_process:
         save_network(average["student"], path)
     stage.processes.wait_for_everyone()
