@@ -107,8 +107,8 @@ class PackedBySize(nn.Module):
         """The weight as pictures of this size want it: one that is here, if that is its layout."""
         if (size := x.shape[2:]) not in self.packed:
             wanted = self.pack(self.usual.to_dense(), size)
-            known = (self.usual, *self.packed.values())
-            same = (weight for weight in known if layout(weight) == layout(wanted))
+            known, form = (self.usual, *self.packed.values()), layout(wanted)
+            same = (weight for weight in known if layout(weight) == form)
             self.packed[size] = next(same, wanted)
         return self.packed[size]
 

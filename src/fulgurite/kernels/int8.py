@@ -130,8 +130,8 @@ class Int8Conv2d(PackedBySize):
 class Int8Upsample(nn.Module):
     """Nearest neighbours and a 3x3 convolution as a 2x2 one of four times the channels, for 4/9 of the arithmetic.
 
-    Of the three rows that the convolution sees of the larger picture two are the same row of the smaller one, so their
-    weights can be added beforehand; likewise the columns. Even and odd ones of both are a quarter of the channels each.
+    Weights are added beforehand as in cpu.PackedUpsample, whose transposed convolution torch does not have in int8.
+    Even and odd rows and columns are a quarter of the channels each.
     """
 
     def __init__(self, plain: Upsample) -> None:

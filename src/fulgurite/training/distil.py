@@ -130,10 +130,10 @@ def adversarial(
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
     told = step.told
 
-    def judged(x: Tensor, off: float = 0.0) -> list[Tensor]:
+    def judged(x: Tensor, off: Tensor | float = 0.0) -> list[Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16):
             end = renoised(x, step, at, noise, sigmas)
-            end = Noisy(end.x + off * torch.randn_like(end.x), end.timesteps)
+            end = Noisy(end.x + off, end.timesteps)
             return judge(end, begin, told.context, told.pooled, told.sizes)
 
     losses = {}
@@ -143,7 +143,7 @@ def adversarial(
         losses["adversarial"] = fooled.detach() + ((clean - shown.detach()) * slope).sum()
     real = judged(step.reached)
     losses["judge"] = judge_loss(real, judged(mine.detach()))
-    losses["unsteady"] = STEADY * unsteadiness(real, judged(step.reached, NEAR))
+    losses["unsteady"] = STEADY * unsteadiness(real, judged(step.reached, NEAR * torch.randn_like(mine)))
     return losses
 
 
