@@ -99,7 +99,9 @@ def test_sizes_that_want_a_layout_of_their_own_get_it_and_others_share_one(dtype
     for side in sides:
         x = torch.randn(1, next(layer.parameters()).shape[1], side, side).to(dtype)
         assert_close(quick(x), layer(x))
-    assert 1 < len({id(weight) for weight in (quick.usual, *quick.packed.values())}) < len(set(sides))
+        assert cpu.layout(quick.weight_for(x)) == cpu.layout(quick.pack(quick.usual.to_dense(), x.shape[2:]))
+    weights = {id(weight): weight for weight in (quick.usual, *quick.packed.values())}
+    assert len({cpu.layout(weight) for weight in weights.values()}) == len(weights) < len(sides)
 
 
 @quickly

@@ -70,11 +70,14 @@ class Interleaving:
         self.latents: dict[Asked, Latents] = {one: [] for one in asked}
 
     def run(self) -> None:
-        while self._to_come:
-            with self._lock:  # nobody who would be joined is left
-                self._steps = max(self._steps, self._to_come[0].joins)
+        while True:
+            with self._lock:
+                if not self._to_come:  # under the lock: the engine's thread joins the last ones as well
+                    break
+                self._steps = max(self._steps, self._to_come[0].joins)  # nobody who would be joined is left
                 self._join()
             wait(list(self.jobs.values()))
+        wait(list(self.jobs.values()))
 
     def _join(self) -> None:
         while self._to_come and self._to_come[0].joins <= self._steps:
