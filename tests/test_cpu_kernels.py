@@ -157,6 +157,25 @@ def test_whole_networks(network, inputs):
     assert not any(type(layer) in (nn.Linear, nn.Conv2d, DotProductAttention) for layer in network.modules())
 
 
+def test_layers_for_training_have_the_plain_ones_gradients():
+    with torch.inference_mode(False):
+        plain = small.roughened(UNet(small.UNET))
+        quick = copy.deepcopy(plain)
+        cpu.accelerate_training(quick)
+        assert {type(layer) for layer in quick.modules()} > {cpu.ProductAttention, cpu.QuickGroupNormSiLU}
+        inputs = (
+            torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 9, small.UNET.cross_attention_dim),
+            torch.randn(2, small.UNET.pooled_dim), torch.full((2, 6), 64.0),
+        )  # fmt: skip
+        outputs, weights = [unet(*inputs) for unet in (quick, plain)], torch.randn(2, 4, 16, 16)
+        for output in outputs:
+            (output * weights).sum().backward()
+        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+        wanted = dict(plain.named_parameters())
+        for name, parameter in quick.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-3, rtol=1e-3)
+
+
 def test_the_decoder():
     network = random_layer(VAE(small.VAE), torch.float32)
     latents, pixels = torch.randn(2, 4, 7, 9), torch.randn(1, 3, 32, 24)

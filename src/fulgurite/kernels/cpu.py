@@ -183,6 +183,15 @@ class CachedAttention(DotProductAttention):
         return attended
 
 
+class ProductAttention(DotProductAttention):
+    """Attention as plain matrix products, for training: torch's own takes long on the way back."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, H, S or L, head_dim]
+        weights = (self.head_dim**-0.5 * q @ k.transpose(2, 3)).softmax(-1)
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
 def in_quick_order(x: Tensor, groups: int) -> Tensor:
     """Pictures ``[B, C, h, w]`` with their channels last or as planes, whichever is normalized sooner.
 
@@ -229,3 +238,15 @@ def accelerate(network: nn.Module) -> None:
                 layer.__class__ = QuickGroupNorm
             case _:
                 accelerate(layer)
+
+
+def accelerate_training(network: nn.Module) -> None:
+    """Gives layers of a network of small pictures, in place, other ways there and back; weights and names stay."""
+    for layer in network.modules():
+        match layer:
+            case DotProductAttention():
+                layer.__class__ = ProductAttention
+            case GroupNormSiLU():
+                layer.__class__ = QuickGroupNormSiLU
+            case nn.GroupNorm():
+                layer.__class__ = QuickGroupNorm

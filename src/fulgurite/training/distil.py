@@ -4,8 +4,8 @@ Progressive adversarial diffusion distillation, SDXL-Lightning's method (Lin et 
 learns to reach in one step where its teacher comes in several, then is the next one's teacher. The first learns from
 the undistilled model under guidance, which it so takes into its weights, by mean squared error. The others learn from a
 discriminator, first one that sees where the step began, then one that does not; the small model's of one step from one
-that compares it with data. Students are LoRA files on the
-undistilled UNet; teachers are read with the loader that serves them.
+that compares it with data. Students are LoRA files on the undistilled UNet; teachers are read with the loader that
+serves them.
 """
 
 import random
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fulgurite.cards import Card
 from fulgurite.errors import WeightsError
+from fulgurite.kernels.cpu import accelerate_training
 from fulgurite.models import VAE, Tokenizer, UNet
 from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
@@ -61,7 +62,7 @@ class Distillation:
     teacher: str | None  # another student; None: the undistilled model, guided
     teacher_steps: int
     steps: int  # the student's: a divisor of the teacher's
-    objective: str  # "squared", "conditional" or "relaxed"; "data": relaxed, and what the judge holds for real is data
+    objective: str  # "squared", "conditional" or "relaxed"; "data": of the last step alone, and data is what is real
     start: str | None  # the student whose weights it begins with
     updates: int
     peak: float
@@ -82,7 +83,7 @@ class Step:
     timesteps: Tensor
     following: Tensor
     following_timesteps: Tensor  # 0 where the latent is clean
-    reached: Tensor  # by the teacher, in several steps; or data, noised to there
+    reached: Tensor  # by the teacher, in several steps; or data
     told: Conditions
 
 
@@ -196,34 +197,50 @@ def network(ground: Ground, students: Path, *names: str | None, dtype: torch.dty
         else:
             loras.append(file)
     unet = load_unet(path, ground.card, ground.run.device, dtype or ground.dtype, loras)
+    if ground.run.kind == "cpu":
+        accelerate_training(unet)
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def a_step(
-    teacher: UNet | None, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int
-) -> Step:
-    """Scenes at random, each noised to where one of the student's steps begins.
-
-    The teacher walks to the end; without one, the end is the scene noised to there.
-    """
-    rng, device = seeded("distil", plan.name, number), ground.run.device
+def scenes_told(ground: Ground, sayer: Sayer, rng: random.Random) -> tuple[Tensor, Conditions]:
+    """Scenes at random: their latents ``[B, C, h, w]``, and what is told of them."""
     clean, scenes = ground.latents.batch(ground.batch, rng)
-    clean, told = clean.to(device), sayer([said(scene, rng) for scene in scenes], ground.latents.size)
+    return clean.to(ground.run.device), sayer([said(scene, rng) for scene in scenes], ground.latents.size)
+
+
+def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
+    """Scenes at random, each noised to where one of the student's steps begins; the teacher walks to the end."""
+    rng, device = seeded("distil", plan.name, number), ground.run.device
+    clean, told = scenes_told(ground, sayer, rng)
     stride = plan.teacher_steps // plan.steps
     first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
-    end = first + stride
-    after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[end]
-    following = schedule.sigmas[end]
+    after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[first + stride]
     x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
-    if teacher is None:
-        reached = clean + per_row(following, clean) * torch.randn(clean.shape).to(device)
-    else:
-        guide = None
-        if plan.teacher is None:
-            away = sayer([no_caption(rng) for _ in scenes], ground.latents.size)
-            guide = Guide(away, plan.guidance or ground.card.guidance_strength)
-        reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
-    return Step(x, schedule.sigmas[first], schedule.timesteps[first], following, after, reached, told)
+    guide = None
+    if plan.teacher is None:
+        away = sayer([no_caption(rng) for _ in clean], ground.latents.size)
+        guide = Guide(away, plan.guidance or ground.card.guidance_strength)
+    reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
+    return Step(
+        x, schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[first + stride], after, reached, told
+    )
+
+
+def a_last_step(
+    student: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int
+) -> Step:
+    """The last step of what the student draws of captions at random, beside scenes of those captions.
+
+    It begins where its own steps lead from pure noise, as a picture's does (backward simulation: Yin et al., arXiv
+    2405.14867).
+    """
+    rng, device = seeded("distil", plan.name, number), ground.run.device
+    clean, told = scenes_told(ground, sayer, rng)
+    first = torch.zeros(ground.batch, dtype=torch.long, device=device)
+    x = schedule.sigmas[0] * torch.randn(clean.shape).to(device)
+    x = walked(student, x, first, plan.steps - 1, schedule, told, plan.prediction or ground.card.prediction, None)
+    sigma, timesteps = schedule.sigmas[first - 2], schedule.timesteps[first - 1]
+    return Step(x, sigma, timesteps, torch.zeros_like(sigma), torch.zeros_like(timesteps), clean, told)
 
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
@@ -233,8 +250,11 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
         return path
     torch.manual_seed(0)
     device, folder, judging = ground.run.device, folder / plan.name, plan.judging
-    teacher = None if plan.objective == "data" else network(ground, students, plan.upon, plan.teacher)
     unet, networks, judge = learning(plan, ground, students)
+    if plan.objective == "data":
+        next_step = partial(a_last_step, unet)
+    else:
+        next_step = partial(a_step, network(ground, students, plan.upon, plan.teacher))
     beginning = deepcopy(networks["student"]) if plan.share < 1 else None
     parts = {"student": Part(plan.peak, judging.ahead)}
     if judge:
@@ -255,7 +275,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     schedule = on(trailing_schedule(plan.teacher_steps), device)
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
-        step = a_step(teacher, ground, sayer, plan, schedule, stage.number)
+        step = next_step(ground, sayer, plan, schedule, stage.number)
         learns = judge is None or (stage.step >= judging.ahead and stage.step % judging.turns == 0)
         with torch.set_grad_enabled(learns):
             clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)

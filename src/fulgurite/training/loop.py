@@ -102,7 +102,7 @@ class Stage:
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
         self.parts = parts or {"": Part(peak)}
         groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
-        self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.99), weight_decay=0.01, fused=True)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"

@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from fulgurite.cards import Card
+from fulgurite.kernels.cpu import accelerate_training
 from fulgurite.models import Tokenizer, UNet
 from fulgurite.models.tokenizer import END, START, clip_bpe
 from fulgurite.models.unet import ResnetBlock, SpatialTransformer
@@ -89,6 +90,8 @@ def train_teacher(
     torch.manual_seed(seed)
     unet = UNet(card.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(unet)
+    if run.kind == "cpu":
+        accelerate_training(unet)
     encoders = encoders.requires_grad_(False)
     stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985, run=run)
     sigmas = train_sigmas().to(device)
