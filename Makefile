@@ -4,6 +4,7 @@ BIN := .venv/bin
 
 PEERS := bench/peers/.venv
 BENCH ?= --works spark
+KERNELS := $(wildcard src/fulgurite/kernels/*.c)
 
 .PHONY: help demo test lint bench clean
 help:
@@ -14,8 +15,8 @@ help:
 	@echo "            BENCH='--works sdxl-1024 --rounds 1' measures something else, BENCH=--help says what there is"
 	@echo "make clean  remove what the others made"
 
-# Installed once, and again only when the lock or the package's own description changes.
-.venv/installed: requirements.lock pyproject.toml
+# Installed once, and again only when the lock, the package's own description or what it compiles changes.
+.venv/installed: requirements.lock pyproject.toml $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fulgurite needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -34,7 +35,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # The peers are no part of what the package needs: they have an environment of their own.
-$(PEERS)/installed: requirements.lock pyproject.toml bench/peers/requirements.txt
+$(PEERS)/installed: requirements.lock pyproject.toml $(KERNELS) bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -44,5 +45,5 @@ bench: $(PEERS)/installed
 	$(PEERS)/bin/python bench/compare.py $(BENCH)
 
 clean:
-	rm -rf .venv $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info output*.png
+	rm -rf .venv $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info src/fulgurite/kernels/*.so output*.png
 	find . -name __pycache__ -prune -exec rm -rf {} +

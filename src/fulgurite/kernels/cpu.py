@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.kernels import compiled
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
@@ -212,6 +213,18 @@ class QuickGroupNormSiLU(GroupNormSiLU):
         return F.silu(nn.GroupNorm.forward(self, in_quick_order(x, self.num_groups)), inplace=True)
 
 
+class CompiledGroupNorm(nn.Module):
+    """A norm in bfloat16 by the package's own kernel, with SiLU where the plain layer has it."""
+
+    def __init__(self, plain: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps, self.silu = plain.num_groups, plain.eps, isinstance(plain, GroupNormSiLU)
+        self.weight, self.bias = (tensor.detach().float() for tensor in (plain.weight, plain.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compiled.group_norm(x, self.groups, self.weight, self.bias, self.eps, self.silu)
+
+
 def accelerate(network: nn.Module) -> None:
     """Puts these layers in place of the network's own, in place, one by one, so that the memory is not needed twice."""
     if not torch.backends.mkldnn.is_available():
@@ -232,6 +245,8 @@ def accelerate(network: nn.Module) -> None:
                 setattr(network, name, PackedUpsample(layer))
             case DotProductAttention():
                 setattr(network, name, CachedAttention(layer.head_dim))
+            case nn.GroupNorm() if layer.weight.dtype == torch.bfloat16 and compiled.library():
+                setattr(network, name, CompiledGroupNorm(layer))
             case GroupNormSiLU():
                 layer.__class__ = QuickGroupNormSiLU
             case nn.GroupNorm():
