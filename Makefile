@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PEERS := bench/peers/.venv
 BENCH ?= --works spark
-KERNELS := $(wildcard src/fulgurite/kernels/*.c)
+KERNELS := $(wildcard src/fulgurite/kernels/*.[ch])
 
 .PHONY: help demo test lint bench clean
 help:

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fulgurite.kernels import compiled, cpu
-from fulgurite.models.layers import GroupNormSiLU
+from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
+from fulgurite.models.layers import GEGLU, GroupNormSiLU, Upsample, VectorLinear
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
+needs_tiles = pytest.mark.skipif(not compiled.has_tiles(), reason="this processor has no matrix tiles, or no kernels")
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from((3, 8, 12, 32, 96, 160, 320, 640)), *[st.integers(1, 40)] * 2)
 
 
@@ -119,3 +121,99 @@ def test_a_file_that_cannot_be_loaded_is_as_none(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: Spec)
     assert compiled.library.__wrapped__() is None
+
+
+def rounded_once(found: Tensor, exact: Tensor) -> bool:
+    """Half of bfloat16's last place, and what adding up in float32 leaves of numbers about one."""
+    return bool(((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all())
+
+
+def weights(*shape: int) -> tuple[Tensor, Tensor]:
+    return (torch.randn(shape) * shape[1] ** -0.5).bfloat16(), torch.randn(shape[0])
+
+
+LAYERS = st.tuples(st.integers(1, 5), st.integers(1, 5))  # sixteens of outputs, thirty-twos of inputs
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 100), LAYERS, st.booleans(), st.booleans())
+def test_a_linear_layer_of_tiles_is_exact_but_for_one_rounding(tokens, layer, gelu, scaled):
+    torch.manual_seed(0)
+    (weight, bias), x = weights(16 * layer[0], 32 * layer[1]), torch.randn(1, tokens, 32 * layer[1]).bfloat16()
+    factor = torch.randn(1, tokens, len(bias)).bfloat16() if scaled else None
+    exact = x.double() @ weight.double().T + bias
+    exact = (F.gelu(exact) if gelu else exact) * (1 if factor is None else factor)
+    found = compiled.linear(x, compiled.tiled(weight), bias, gelu, factor)
+    assert found.dtype == torch.bfloat16
+    assert rounded_once(found, exact)
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), LAYERS, st.booleans())
+def test_a_convolution_of_tiles_is_exact_but_for_one_rounding(rows, height, width, layer, last):
+    torch.manual_seed(0)
+    outer, inner = 16 * layer[0], 32 * layer[1]
+    (weight, bias), x = weights(outer, inner, 3, 3), torch.randn(rows, inner, height, width).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    found = compiled.convolve(x, compiled.tiled(weight), bias)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert rounded_once(found, F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+
+
+@needs_tiles
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 9), st.integers(1, 9), LAYERS)
+def test_bits_of_tiles_depend_neither_on_the_rows_beside_nor_on_threads(rows, height, width, layer):
+    torch.manual_seed(0)
+    (weight, bias), (conv, _) = weights(16 * layer[0], 32 * layer[1]), weights(16 * layer[0], 32 * layer[1], 3, 3)
+    pictures_of = torch.randn(rows, 32 * layer[1], height, width).bfloat16()
+    tokens = pictures_of.flatten(2).transpose(1, 2)
+
+    def both(i: slice) -> tuple[Tensor, Tensor]:
+        linear = compiled.linear(tokens[i], compiled.tiled(weight), bias)
+        return linear, compiled.convolve(pictures_of[i], compiled.tiled(conv), bias)
+
+    together, threads = both(slice(None)), torch.get_num_threads()
+    try:
+        for i in range(rows):
+            torch.set_num_threads(1 + i % 3)
+            for alone, found in zip(both(slice(i, i + 1)), together, strict=True):
+                assert torch.equal(alone[0], found[i])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_tiles
+def test_infinities_and_what_is_no_number_are_seen_after_a_layer_of_tiles():
+    """What the network cannot compute must not come out as a picture."""
+    (weight, bias), x = weights(32, 64), torch.randn(3, 64).bfloat16()
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    finite = compiled.linear(x, compiled.tiled(weight), bias).isfinite().all(dim=1)
+    assert finite.tolist() == [True, False, False]
+
+
+def layers_of(layer: nn.Module) -> set[type[nn.Module]]:
+    network = nn.Sequential(layer).bfloat16()
+    cpu.accelerate(network)
+    return {type(part) for part in network.modules()} - {nn.Sequential}
+
+
+@needs_tiles
+def test_small_layers_are_of_tiles_and_large_ones_of_onednn():
+    assert layers_of(nn.Linear(320, 640)) == layers_of(VectorLinear(320, 2048)) == {TiledLinear}
+    assert layers_of(nn.Linear(640, 640)) == layers_of(nn.Linear(320, 24)) == {cpu.PackedLinear}
+    assert layers_of(GEGLU(192, 768)) == {cpu.PackedGEGLU, TiledLinear}
+    assert layers_of(nn.Conv2d(352, 192, 1)) == {cpu.PointwiseConv2d, TiledLinear}
+    assert layers_of(nn.Conv2d(352, 192, 3, padding=1)) == {cpu.PackedConv2d, TiledConv2d}
+    assert layers_of(Upsample(192)) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
+    for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(16, 64, 3, padding=1)):
+        assert layers_of(other) == {cpu.PackedConv2d}
+
+
+def test_without_tiles_small_layers_are_onednns(monkeypatch):
+    monkeypatch.setattr(compiled, "has_tiles", lambda: False)
+    assert layers_of(nn.Linear(320, 640)) == {cpu.PackedLinear}
+    assert layers_of(nn.Conv2d(64, 64, 3, padding=1)) == {cpu.PackedConv2d}
+    assert layers_of(VectorLinear(320, 640)) == {VectorLinear}

@@ -1,4 +1,4 @@
-"""Kernels in C for a CPU (``group_norm.c``): compiled as the package is installed, none where there is no compiler."""
+"""Kernels in C for a CPU (``*.c``): compiled as the package is installed, none where there is no compiler."""
 
 import ctypes
 import importlib.util
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
+SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
+POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
 @cache
@@ -20,10 +22,21 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_long
-    found.group_norm.argtypes = [pointer] * 5 + [number] * 5 + [ctypes.c_double, ctypes.c_int, ctypes.c_int]
-    found.group_norm.restype = None
+    arguments = {"group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT]}
+    if found.has_tiles():
+        arguments["linear"] = [POINTER] * 5 + [NUMBER] * 3 + [INT, INT]
+        arguments["convolve"] = [POINTER] * 5 + [NUMBER] * 5 + [INT]
+    for name, types in arguments.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
     return found
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether ``linear`` and ``convolve`` are there: on x86 processors with matrix tiles for bfloat16 (AMX)."""
+    found = library()
+    return found is not None and bool(found.has_tiles())
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
@@ -41,4 +54,51 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     compiled = library()
     assert compiled
     compiled.group_norm(*pointers, *sizes, eps, silu, torch.get_num_threads())
+    return y
+
+
+def fits_tiles(weight: Tensor) -> bool:
+    """Whether there are tiles, and a layer's weight ``[outer, inner, ...]`` comes to whole ones."""
+    outer, inner = weight.shape[:2]
+    return has_tiles() and weight.dtype == torch.bfloat16 and outer % SIDE == 0 and inner % DEPTH == 0
+
+
+def tiled(weight: Tensor) -> Tensor:
+    """A linear layer's weight ``[outer, inner]`` or a convolution's ``[outer, inner, 3, 3]`` as tiles want it.
+
+    ``[taps, outer / 16, inner / 32, 16, 16, 2]``: pairs of inputs are innermost, then sixteen outputs.
+    """
+    taps = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]
+    pairs = taps.unflatten(2, (-1, DEPTH // 2, 2)).unflatten(1, (-1, SIDE))  # [taps, outer / 16, 16, inner / 32, 16, 2]
+    return pairs.permute(0, 1, 3, 4, 2, 5).contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: Tensor | None = None) -> Tensor:
+    """A linear layer of tokens ``[..., inner]`` in bfloat16, GELU after it where ``gelu``, then times ``factor``.
+
+    ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``factor``: of the output's shape. A token's bits do
+    not depend on the tokens beside it.
+    """
+    x, outer, inner = x.contiguous(), len(bias), x.shape[-1]
+    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else factor.contiguous()
+    pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
+    compiled = library()
+    assert compiled
+    compiled.linear(*pointers, x.numel() // inner, inner, outer, gelu, torch.get_num_threads())
+    return y
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution of pictures ``[B, inner, h, w]`` in bfloat16, zeros around them, to channels-last ones.
+
+    ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    pictures, inner, height, width = x.shape
+    y = torch.empty(pictures, len(bias), height, width, dtype=x.dtype, memory_format=torch.channels_last)
+    padded = x.new_empty(pictures, height + 2, width + 2, inner)
+    pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
+    compiled = library()
+    assert compiled
+    compiled.convolve(*pointers, pictures, height, width, inner, len(bias), torch.get_num_threads())
     return y

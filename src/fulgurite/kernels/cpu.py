@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.kernels import compiled
+from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
@@ -66,26 +67,32 @@ class PackedLinear(nn.Module):
         return ops._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
 
 
+def packed_linear(weight: Tensor, bias: Tensor | None, after: str = "none") -> PackedLinear | TiledLinear:
+    """The quicker of both for this weight."""
+    return (TiledLinear if TiledLinear.fits(weight) else PackedLinear)(weight, bias, after)
+
+
 class PackedGEGLU(nn.Module):
     """Two linear layers, so that the function and the product come with them and nothing is split."""
 
     def __init__(self, plain: GEGLU) -> None:
         super().__init__()
         (value, gate), (value_bias, gate_bias) = plain.proj.weight.chunk(2), plain.proj.bias.chunk(2)
-        self.value, self.gate = PackedLinear(value, value_bias), PackedLinear(gate, gate_bias, "gelu")
+        self.value, self.gate = packed_linear(value, value_bias), packed_linear(gate, gate_bias, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value.times(x, self.gate(x))
 
 
-class PointwiseConv2d(PackedLinear):
+class PointwiseConv2d(nn.Module):
     """A 1x1 convolution, which is a linear layer of channels-last pictures."""
 
     def __init__(self, plain: nn.Conv2d) -> None:
-        super().__init__(plain.weight[:, :, 0, 0], plain.bias)
+        super().__init__()
+        self.linear = packed_linear(plain.weight[:, :, 0, 0], plain.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PackedBySize(nn.Module):
@@ -124,12 +131,19 @@ class PackedConv2d(PackedBySize):
     def __init__(self, plain: nn.Conv2d) -> None:
         self.where = plain.padding, plain.stride, plain.dilation, plain.groups
         super().__init__(plain.weight, plain.bias)
+        self.tiled = TiledConv2d(plain) if TiledConv2d.fits(plain) else None
 
     def pack(self, weight: Tensor, size: torch.Size | None = None) -> Tensor:
         pictures = [1, weight.shape[1] * self.where[3], *size] if size else None
         return ops._reorder_convolution_weight(weight, *self.where, pictures)
 
+    def is_tiled(self, size: torch.Size) -> bool:
+        """Whether pictures of this height and width are small enough for tiles."""
+        return self.tiled is not None and self.tiled.takes(size)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.tiled and self.is_tiled(x.shape[2:]):
+            return self.tiled(x)
         x = x.contiguous(memory_format=torch.channels_last)
         return ops._convolution_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
 
@@ -155,8 +169,9 @@ class PackedUpsample(PackedBySize):
         return ops._reorder_convolution_transpose_weight(weight.transpose(0, 1), *self.where, pictures)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        if size and size != (2 * x.shape[2], 2 * x.shape[3]):
-            return self.plain(F.interpolate(x, size=size, mode="nearest"))
+        twice = torch.Size((2 * x.shape[2], 2 * x.shape[3]))
+        if (size or twice) != twice or self.plain.is_tiled(twice):
+            return self.plain(F.interpolate(x, size=size or twice, mode="nearest"))
         x = x.contiguous(memory_format=torch.channels_last)
         return ops._convolution_transpose_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
 
@@ -231,10 +246,12 @@ def accelerate(network: nn.Module) -> None:
         return
     for name, layer in network.named_children():
         match layer:
+            case VectorLinear() if not compiled.fits_tiles(layer.weight):
+                pass  # as it is a row's bits are its own
             case VectorLinear():
-                pass  # next to no time, and as it is a row's bits are its own
+                setattr(network, name, TiledLinear(layer.weight, layer.bias))
             case nn.Linear():
-                setattr(network, name, PackedLinear(layer.weight, layer.bias))
+                setattr(network, name, packed_linear(layer.weight, layer.bias))
             case nn.Conv2d(kernel_size=(1, 1)):
                 setattr(network, name, PointwiseConv2d(layer))
             case nn.Conv2d():

@@ -9,16 +9,11 @@ OpenMP's functions are those of the library that torch has loaded: this file is 
 threads would fight torch's for the cores.
 */
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { LANES = 16, PAIR = 2 * LANES, ALONE = 16384 }; /* numbers; a picture of so few is for one thread */
+#include "vectors.h"
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+enum { PAIR = 2 * LANES, ALONE = 16384 }; /* numbers; a picture of so few is for one thread */
 
-#define INLINE static inline __attribute__((always_inline))
 #ifdef __x86_64__ /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
 #define EACH static __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -29,22 +24,7 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 INLINE floats evens(words x) { return (floats)(x << 16); }
 INLINE floats odds(words x) { return (floats)(x & 0xFFFF0000); }
 
-INLINE words to_nearest(floats x) { return (words)x + 0x7FFF + ((words)x >> 16 & 1); }
 INLINE words paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
-
-INLINE floats either(ints where, floats a, floats b) { return (floats)((where & (ints)a) | (~where & (ints)b)); }
-
-/* x / (1 + 2^t), where t = -x log2(e): 2 to the whole part by the exponent's bits, to the rest by a polynomial that is
-off by 3e-6 of the value at most (least squares), a thousandth of what bfloat16 is. */
-INLINE floats silu(floats x) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to whole numbers */
-    floats t = -1.44269504f * x;
-    t = either(t < -126.0f, (floats){} - 126.0f, t);
-    t = either(t > 126.0f, (floats){} + 126.0f, t);
-    floats whole = t + shift, f = t - (whole - shift);
-    floats power = 0.99999917f + f * (0.69312197f + f * (0.24024981f + f * (0.05591704f + f * 0.00956051f)));
-    return x / (1.0f + (floats)(((words)whole << 23) + (words)power));
-}
 
 /* Of x's first numbers at most a pair of vectors; where there are fewer, the pair's own are left. */
 INLINE words loaded(const uint16_t *x, long count, words pair) {
