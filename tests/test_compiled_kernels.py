@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fulgurite.kernels import compiled, cpu
 from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
-from fulgurite.models.layers import GEGLU, GroupNormSiLU, Upsample, VectorLinear
+from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
 needs_tiles = pytest.mark.skipif(not compiled.has_tiles(), reason="this processor has no matrix tiles, or no kernels")
@@ -183,6 +183,34 @@ def test_bits_of_tiles_depend_neither_on_the_rows_beside_nor_on_threads(rows, he
                 assert torch.equal(alone[0], found[i])
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_tiles
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 256), st.integers(1, 3), st.sampled_from((32, 64)))
+def test_attention_by_tiles(rows, queries, keys, heads, head_dim):
+    """Queries beside their keys and values, as one layer makes them; weights are rounded to bfloat16 besides."""
+    torch.manual_seed(0)
+    wide, together = heads * head_dim, torch.randn(rows, max(queries, keys), 3 * heads * head_dim).bfloat16()
+    q, (k, v) = together[:, :queries, :wide], together[:, :keys, wide:].chunk(2, dim=-1)
+    exact = DotProductAttention(head_dim)(q.double(), k.double(), v.double())
+    found = compiled.attend(q, k, v, head_dim)
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() <= 2**-7 * v.abs().max()
+    beside = k.contiguous(), torch.cat([v, v], dim=-1)[..., :wide]  # keys and values that lie differently
+    assert torch.equal(compiled.attend(q.contiguous(), *beside, head_dim), found)
+    alone = [compiled.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], head_dim) for i in range(rows)]
+    assert torch.equal(torch.cat(alone), found)
+
+
+@needs_tiles
+def test_attention_to_scores_far_apart_and_to_what_is_no_number():
+    q, k, v = (torch.randn(1, 20, 32).bfloat16() for _ in range(3))
+    q *= 256
+    exact = DotProductAttention(32)(q.double(), k.double(), v.double())
+    assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= 2**-7 * v.abs().max()
+    k[0, 3, 5] = torch.nan
+    assert compiled.attend(q, k, v, 32).isnan().all()
 
 
 @needs_tiles

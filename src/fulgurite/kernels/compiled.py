@@ -9,6 +9,7 @@ from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
 SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
+MOST_KEYS = 256  # of attention by tiles
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
@@ -26,6 +27,7 @@ def library() -> ctypes.CDLL | None:
     if found.has_tiles():
         arguments["linear"] = [POINTER] * 5 + [NUMBER] * 3 + [INT, INT]
         arguments["convolve"] = [POINTER] * 5 + [NUMBER] * 5 + [INT]
+        arguments["attend"] = [POINTER] * 4 + [NUMBER] * 7 + [ctypes.c_double, INT]
     for name, types in arguments.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
@@ -34,7 +36,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def has_tiles() -> bool:
-    """Whether ``linear`` and ``convolve`` are there: on x86 processors with matrix tiles for bfloat16 (AMX)."""
+    """Whether ``linear``, ``convolve`` and ``attend`` are there: they need an x86 processor with matrix tiles (AMX)."""
     found = library()
     return found is not None and bool(found.has_tiles())
 
@@ -44,8 +46,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
     ``weight`` and ``bias`` ``[C]`` are in float32. Computed in float32, sums in float64, and rounded once.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = x.shape
+    assert channels == len(weight)
     part = max(1, PART // channels)  # pixels
     parts = -(-height * width // part)
     y, scratch = torch.empty_like(x), torch.empty(rows * (2 * groups * parts + channels), dtype=torch.float64)
@@ -79,8 +82,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``factor``: of the output's shape. A token's bits do
     not depend on the tokens beside it.
     """
-    x, outer, inner = x.contiguous(), len(bias), x.shape[-1]
-    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else factor.contiguous()
+    x, outer, inner = x.to(torch.bfloat16).contiguous(), len(bias), x.shape[-1]
+    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else factor.to(torch.bfloat16).contiguous()
+    assert inner == weight.shape[2] * DEPTH
+    assert by is None or by.shape == y.shape
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
     compiled = library()
     assert compiled
@@ -93,12 +98,39 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     pictures, inner, height, width = x.shape
+    assert inner == weight.shape[2] * DEPTH
     y = torch.empty(pictures, len(bias), height, width, dtype=x.dtype, memory_format=torch.channels_last)
     padded = x.new_empty(pictures, height + 2, width + 2, inner)
     pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
     compiled = library()
     assert compiled
     compiled.convolve(*pointers, pictures, height, width, inner, len(bias), torch.get_num_threads())
+    return y
+
+
+def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
+    """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
+    in_bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return has_tiles() and in_bfloat16 and k.shape[1] <= MOST_KEYS and head_dim in (DEPTH, 2 * DEPTH)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
+    """Attention of queries ``[B, S, D]``, keys and values ``[B, L, D]``, heads side by side, to ``[B, S, D]``.
+
+    Scores and their softmax are in float32. Slices of the last dimension are taken as they lie.
+    """
+    (rows, queries, wide), keys = q.shape, k.shape[1]
+    q, k, v = (
+        y if y.stride(-1) == 1 and y.stride(0) == y.shape[1] * y.stride(1) else y.contiguous() for y in (q, k, v)
+    )
+    if k.stride(1) != v.stride(1):
+        k, v = k.contiguous(), v.contiguous()
+    y = q.new_empty(rows, queries, wide)
+    pointers = (tensor.data_ptr() for tensor in (q, k, v, y))
+    sizes = q.stride(1), k.stride(1), rows, queries, keys, wide // head_dim, head_dim
+    compiled = library()
+    assert compiled
+    compiled.attend(*pointers, *sizes, head_dim**-0.5, torch.get_num_threads())
     return y

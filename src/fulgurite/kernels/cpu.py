@@ -181,6 +181,8 @@ class CachedAttention(DotProductAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
+        if queries * keys <= FEW_SCORES and compiled.fits_attention(q, k, v, self.head_dim):
+            return compiled.attend(q, k, v, self.head_dim)
         if queries * keys <= FEW_SCORES:
             return super().forward(q, k, v)
         attended = torch.empty_like(q)

@@ -188,7 +188,10 @@ class Judged:
 
     def autoencoded(self, start: int, stop: int) -> Tensor:
         return torch.cat(
-            [seen(through(self.vae, to_pixels(render(s, self.sprites)[None]))) for s in self.scenes[start:stop]]
+            [
+                seen(through(self.vae, to_pixels(render(scene, self.sprites)[None]).to(self.run.device)))
+                for scene in self.scenes[start:stop]
+            ]
         )
 
     def drawn_by(self, way: Way) -> Callable[[int, int], Tensor]:
@@ -235,7 +238,7 @@ def quick(network: Network, run: Run) -> Network:
 def through(vae: VAE, pictures: Tensor) -> Tensor:
     """Pixels ``[B, 3, H, W]`` there and back through the autoencoder."""
     with torch.autocast(pictures.device.type, torch.bfloat16):
-        mean, _ = vae.encode(pictures.to(vae.quant_conv.weight))
+        mean, _ = vae.encode(pictures.to(torch.bfloat16))
         return vae.decode(mean).float().clamp(-1, 1).cpu()
 
 

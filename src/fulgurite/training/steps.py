@@ -119,8 +119,7 @@ def drawn(
 @torch.no_grad()
 def decoded(vae: VAE, latents: Tensor) -> Tensor:
     """Pictures ``[B, 3, H, W]`` in -1..1."""
-    x = latents / vae.config.scaling_factor
-    x = x.to(vae.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
+    x = (latents / vae.config.scaling_factor).to(torch.bfloat16, memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16):
         return torch.cat([vae.decode(part) for part in x.split(DECODED)]).float().clamp(-1, 1)
 
