@@ -59,7 +59,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=12_000, text_steps=2500, teacher_steps=8000, batch=32,
+        "cpu", True, FIRST, vae_steps=1150, scenes=24_000, text_steps=2500, teacher_steps=15_000, batch=32,
         decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
