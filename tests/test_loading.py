@@ -174,8 +174,8 @@ def test_where_the_system_does_not_tell_its_memory_a_setting_must(monkeypatch: p
 def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None:
     loader = Loader("cpu", precision=precision)
     assert loader.precision == precision
-    weight = loader(SPARK_LIGHTNING, 4).networks.unet.conv_norm_out.weight
-    assert weight.dtype == (usual_dtype("cpu") if precision == "int8" else getattr(torch, precision))
+    bias = loader(SPARK_LIGHTNING, 4).networks.unet.conv_in.bias  # weights are packed
+    assert bias.dtype == (usual_dtype("cpu") if precision == "int8" else getattr(torch, precision))
 
 
 @pytest.mark.parametrize(("precision", "device"), [("int8", "cuda"), ("int8", "mps"), ("float16", "cpu")])
