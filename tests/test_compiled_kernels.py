@@ -26,13 +26,17 @@ def pictures(shape: tuple[int, ...], mean: float = 0.0) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def scale_and_shift(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.linspace(0.5, 1.5, channels), torch.linspace(-1, 1, channels)
+
+
 def normed(x: Tensor, silu: bool = True) -> Tensor:
-    weight, bias = torch.linspace(0.5, 1.5, x.shape[1]), torch.linspace(-1, 1, x.shape[1])
+    weight, bias = scale_and_shift(x.shape[1])
     return compiled.group_norm(x, groups_of(x.shape[1]), weight, bias, 1e-5, silu)
 
 
 def wanted(x: Tensor, silu: bool = True) -> Tensor:
-    weight, bias = torch.linspace(0.5, 1.5, x.shape[1]), torch.linspace(-1, 1, x.shape[1])
+    weight, bias = scale_and_shift(x.shape[1])
     y = torch.group_norm(x.double(), groups_of(x.shape[1]), weight.double(), bias.double(), 1e-5)
     return F.silu(y) if silu else y
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
 SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
-MOST_KEYS = 256  # of attention by tiles
+MOST_KEYS = 256  # of attention by tiles, as in tiles.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
@@ -41,6 +41,13 @@ def has_tiles() -> bool:
     return found is not None and bool(found.has_tiles())
 
 
+def call(name: str, *arguments: float | None) -> None:
+    """Calls a function of the library, with as many threads as torch has."""
+    compiled = library()
+    assert compiled
+    getattr(compiled, name)(*arguments, torch.get_num_threads())
+
+
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """Group normalization, and SiLU after it where ``silu``: pictures ``[B, C, h, w]`` in bfloat16, channels last.
 
@@ -53,10 +60,7 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     parts = -(-height * width // part)
     y, scratch = torch.empty_like(x), torch.empty(rows * (2 * groups * parts + channels), dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias, scratch))
-    sizes = rows, height * width, channels, groups, part
-    compiled = library()
-    assert compiled
-    compiled.group_norm(*pointers, *sizes, eps, silu, torch.get_num_threads())
+    call("group_norm", *pointers, rows, height * width, channels, groups, part, eps, silu)
     return y
 
 
@@ -87,9 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
     assert inner == weight.shape[2] * DEPTH
     assert by is None or by.shape == y.shape
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
-    compiled = library()
-    assert compiled
-    compiled.linear(*pointers, x.numel() // inner, inner, outer, gelu, torch.get_num_threads())
+    call("linear", *pointers, x.numel() // inner, inner, outer, gelu)
     return y
 
 
@@ -104,9 +106,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty(pictures, len(bias), height, width, dtype=x.dtype, memory_format=torch.channels_last)
     padded = x.new_empty(pictures, height + 2, width + 2, inner)
     pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
-    compiled = library()
-    assert compiled
-    compiled.convolve(*pointers, pictures, height, width, inner, len(bias), torch.get_num_threads())
+    call("convolve", *pointers, pictures, height, width, inner, len(bias))
     return y
 
 
@@ -128,9 +128,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     if k.stride(1) != v.stride(1):
         k, v = k.contiguous(), v.contiguous()
     y = q.new_empty(rows, queries, wide)
-    pointers = (tensor.data_ptr() for tensor in (q, k, v, y))
     sizes = q.stride(1), k.stride(1), rows, queries, keys, wide // head_dim, head_dim
-    compiled = library()
-    assert compiled
-    compiled.attend(*pointers, *sizes, head_dim**-0.5, torch.get_num_threads())
+    call("attend", *(tensor.data_ptr() for tensor in (q, k, v, y)), *sizes, head_dim**-0.5)
     return y

@@ -137,13 +137,13 @@ class PackedConv2d(PackedBySize):
         pictures = [1, weight.shape[1] * self.where[3], *size] if size else None
         return ops._reorder_convolution_weight(weight, *self.where, pictures)
 
-    def is_tiled(self, size: torch.Size) -> bool:
-        """Whether pictures of this height and width are small enough for tiles."""
-        return self.tiled is not None and self.tiled.takes(size)
+    def tiled_for(self, size: torch.Size) -> TiledConv2d | None:
+        """The layer that pictures of this height and width are small enough for."""
+        return self.tiled if self.tiled and self.tiled.takes(size) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tiled and self.is_tiled(x.shape[2:]):
-            return self.tiled(x)
+        if tiled := self.tiled_for(x.shape[2:]):
+            return tiled(x)
         x = x.contiguous(memory_format=torch.channels_last)
         return ops._convolution_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
 
@@ -170,7 +170,7 @@ class PackedUpsample(PackedBySize):
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         twice = torch.Size((2 * x.shape[2], 2 * x.shape[3]))
-        if (size or twice) != twice or self.plain.is_tiled(twice):
+        if (size or twice) != twice or self.plain.tiled_for(twice):
             return self.plain(F.interpolate(x, size=size or twice, mode="nearest"))
         x = x.contiguous(memory_format=torch.channels_last)
         return ops._convolution_transpose_pointwise(x, self.weight_for(x), self.bias, *self.where, "none", [], "")
@@ -181,10 +181,9 @@ class CachedAttention(DotProductAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
-        if queries * keys <= FEW_SCORES and compiled.fits_attention(q, k, v, self.head_dim):
-            return compiled.attend(q, k, v, self.head_dim)
         if queries * keys <= FEW_SCORES:
-            return super().forward(q, k, v)
+            fits = compiled.fits_attention(q, k, v, self.head_dim)
+            return compiled.attend(q, k, v, self.head_dim) if fits else super().forward(q, k, v)
         attended = torch.empty_like(q)
         # Of a prompt's 77 keys torch's softmax takes three times as long in half precision, for they fill no vectors.
         exactly = torch.float32 if keys % VECTOR else q.dtype

@@ -9,13 +9,18 @@ FEW_WEIGHTS = 1 << 18  # of a linear layer, below which it is quicker whatever t
 FEW_CONV_WEIGHTS, FEW_PIXELS = 3 << 18, 256  # of a convolution, of its pictures
 
 
+def bias_of(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """A layer's bias in float32, zeros where it has none."""
+    return torch.zeros(len(weight)) if bias is None else bias.detach().float()
+
+
 class TiledLinear(nn.Module):
     """A linear layer, with what comes after it: "none" or "gelu"."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, after: str = "none") -> None:
         super().__init__()
         self.weight, self.gelu = compiled.tiled(weight), after == "gelu"
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+        self.bias = bias_of(bias, weight)
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -34,8 +39,7 @@ class TiledConv2d(nn.Module):
 
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
-        self.weight = compiled.tiled(plain.weight)
-        self.bias = torch.zeros(plain.out_channels) if plain.bias is None else plain.bias.detach().float()
+        self.weight, self.bias = compiled.tiled(plain.weight), bias_of(plain.bias, plain.weight)
 
     @staticmethod
     def fits(plain: nn.Conv2d) -> bool:

@@ -4,9 +4,9 @@ Linear layers, 3x3 convolutions and attention of small networks in bfloat16, on 
 For each call oneDNN looks up what it made for these shapes, which takes longer than the product of a few dozen tokens
 with a small weight. Large ones are oneDNN's: here a weight is gone through again for every 32 positions.
 
-The first two are the same product. A convolution's picture is padded by zeros and then a sequence of positions, lines one after
-the other, each w + 2 long; a tap's positions are the same ones, some further on, so that rows of a tile are as far apart
-in memory as a linear layer's. What comes out at the two positions between lines is dropped.
+The first two are the same product. A convolution's picture is padded by zeros and then a sequence of positions, lines
+one after the other, each w + 2 long; a tap's positions are the same ones, some further on, so that rows of a tile are
+as far apart in memory as a linear layer's. What comes out at the two positions between lines is dropped.
 */
 #include "vectors.h"
 
@@ -124,7 +124,7 @@ TILES static void multiply(const product *p) {
         int high = left < SIDE ? left : SIDE, low = left - high, wide = column + SIDE < p->outer;
         if (high != first || low != second) configure(first = high, second = low);
         const uint16_t *x = p->x + (picture * p->apart + start) * p->inner, *weight = p->weight + column * p->inner;
-        if (low && wide)
+        if (low && wide) /* almost always: known to the compiler, so that nothing is asked between products */
             sum_up(p, x, weight, 1, 1, sums);
         else
             sum_up(p, x, weight, low, wide, sums);
@@ -200,7 +200,7 @@ TILES INLINE float softmax(float *scores, uint16_t *weights, long keys, long roo
     return 1 / _mm512_reduce_add_ps((__m512)sum);
 }
 
-enum { MOST_KEYS = 256, MOST_WIDE = 64 }; /* keys; numbers of a head */
+enum { MOST_KEYS = 256, MOST_WIDE = 64 }; /* keys; numbers of a head: who calls sees to it (compiled.py) */
 
 typedef struct {
     const uint16_t *q, *k, *v; /* a head's first number */
