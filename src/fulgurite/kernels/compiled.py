@@ -9,7 +9,7 @@ from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
 SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
-MOST_KEYS = 256  # of attention by tiles, as in tiles.c
+MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL | None:
     if found.has_tiles():
         arguments["linear"] = [POINTER] * 5 + [NUMBER] * 3 + [INT, INT]
         arguments["convolve"] = [POINTER] * 5 + [NUMBER] * 5 + [INT]
-        arguments["attend"] = [POINTER] * 4 + [NUMBER] * 7 + [ctypes.c_double, INT]
+        arguments["attend"] = [POINTER] * 5 + [NUMBER] * 7 + [ctypes.c_double, INT]
     for name, types in arguments.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
@@ -113,7 +113,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
     in_bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return has_tiles() and in_bfloat16 and k.shape[1] <= MOST_KEYS and head_dim in (DEPTH, 2 * DEPTH)
+    return has_tiles() and in_bfloat16 and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
@@ -127,7 +127,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     )
     if k.stride(1) != v.stride(1):
         k, v = k.contiguous(), v.contiguous()
-    y = q.new_empty(rows, queries, wide)
+    y, scratch = q.new_empty(rows, queries, wide), q.new_empty(2, rows, -(-keys // DEPTH) * DEPTH, wide)
     sizes = q.stride(1), k.stride(1), rows, queries, keys, wide // head_dim, head_dim
-    call("attend", *(tensor.data_ptr() for tensor in (q, k, v, y)), *sizes, head_dim**-0.5)
+    call("attend", *(tensor.data_ptr() for tensor in (q, k, v, y, scratch)), *sizes, head_dim**-0.5)
     return y

@@ -177,13 +177,17 @@ class PackedUpsample(PackedBySize):
 
 
 class CachedAttention(DotProductAttention):
-    """Attention as matrix products over as many heads, or as many queries of one head, as the cache has room for."""
+    """Attention on matrix tiles; where there are none as matrix products, torch's own for few scores.
+
+    Those are over as many heads, or as many queries of one head, as the cache has room for.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if compiled.fits_attention(q, k, v, self.head_dim):
+            return compiled.attend(q, k, v, self.head_dim)
         queries, keys = q.shape[1], k.shape[1]
         if queries * keys <= FEW_SCORES:
-            fits = compiled.fits_attention(q, k, v, self.head_dim)
-            return compiled.attend(q, k, v, self.head_dim) if fits else super().forward(q, k, v)
+            return super().forward(q, k, v)
         attended = torch.empty_like(q)
         # Of a prompt's 77 keys torch's softmax takes three times as long in half precision, for they fill no vectors.
         exactly = torch.float32 if keys % VECTOR else q.dtype
