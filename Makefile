@@ -26,8 +26,9 @@ help:
 demo: .venv/installed
 	@$(BIN)/python examples/demo.py
 
+# Two processes: most tests keep one core busy.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

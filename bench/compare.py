@@ -24,6 +24,7 @@ import warnings
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from fulgurite.benchmark import (
 )
 from fulgurite.pipeline import usual_dtype
 from fulgurite.request import plan
+from fulgurite.threads import share_cores
 from peers.ways import WAYS
 from peers.works import WORKS, Work
 
@@ -84,7 +86,10 @@ class Process:
         self._connection, theirs = context.Pipe()
         told = self.way, self._work, self._options, theirs
         self._process = context.Process(target=serve, args=told, daemon=True)
-        self._process.start()
+        with patch.dict(os.environ):
+            if self.way.startswith("ours"):
+                share_cores()  # as our program does
+            self._process.start()
         theirs.close()
         _, self.picture, self.memory = self._answer()
         self.first = time.perf_counter() - started

@@ -12,7 +12,7 @@ from conftest import SPARK, needs_weights
 from PIL import Image
 from typer.testing import CliRunner
 
-from fulgurite import Pipeline, pipeline
+from fulgurite import Pipeline, pipeline, threads
 from fulgurite.cli import app
 
 
@@ -220,3 +220,27 @@ def test_generate_with_the_embedded_model() -> None:
 @needs_weights
 def test_the_docstrings_example() -> None:
     assert doctest.testmod(pipeline).failed == 0
+
+
+@needs_weights
+def test_threads_that_wait_give_their_core_away_soon() -> None:
+    """As OpenMP itself tells when it starts, which is with torch."""
+    command = [sys.executable, "-m", "fulgurite", "generate", "a red fox", "--steps", "1"]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0
+    if "GOMP_SPINCOUNT" not in result.stderr:
+        pytest.skip("this torch's threads are not GNU's")
+    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "77"), ("OMP_WAIT_POLICY", "active")])
+def test_how_threads_wait_is_left_as_the_user_set_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    threads.share_cores()
+    assert dict(os.environ) == before

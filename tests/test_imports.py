@@ -24,6 +24,7 @@ MAY_KNOW = {
     "benchmark": {"cards", "models", "picture_file", "pipeline", "request"},
     "client": {"errors"},
     "settings": {"errors"},
+    "threads": set(),
     "records": set(),
     "engine": {"cards", "errors", "kernels", "models", "pipeline", "request", "sampling", "settings", "weights"},
     "ledger": {"errors", "records", "settings"},

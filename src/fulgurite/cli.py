@@ -12,6 +12,7 @@ from fulgurite.cli_ledger import keys, usage
 from fulgurite.cli_serve import serve
 from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
+from fulgurite.threads import share_cores
 
 if TYPE_CHECKING:
     from fulgurite import Picture, Pipeline, Request
@@ -62,6 +63,7 @@ app.command()(bench)
 @app.callback()
 def main() -> None:
     """From a prompt to a picture in one to eight steps, on your own machine."""
+    share_cores()
 
 
 @app.command()
