@@ -26,5 +26,5 @@ def serve(url: str, step_seconds: float, shutdown_seconds: int, tell: Connection
     try:
         server.run([listener])
     finally:
-        engine.close(shutdown_seconds)
+        engine.close(server.seconds_left())
         ledger.close()

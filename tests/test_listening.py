@@ -229,6 +229,23 @@ def test_told_to_stop_it_finishes_what_runs(start: Start, ledger: Ledger) -> Non
     assert [entry.outcome for entry in ledger.entries()] == ["done", "done"]
 
 
+def test_the_time_to_stop_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What requests have used of it the engine does not get again."""
+    app = FastAPI()
+    server, listener = server_for(app, "127.0.0.1", 0, 30)
+    now = 1000.0
+    monkeypatch.setattr(listening.time, "monotonic", lambda: now)
+    with listener:
+        assert server.seconds_left() == 30
+        monkeypatch.setattr(listening.uvicorn.Server, "shutdown", lambda *_: asyncio.sleep(0))
+        asyncio.run(server.shutdown([]))
+    now += 25
+    assert server.seconds_left() == 5
+    now += 25
+    assert server.seconds_left() == 0
+    assert app.state.stop_by == 1030
+
+
 def test_a_system_without_bounds_of_files_listens_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, which has no module ``resource``."""
     monkeypatch.setitem(sys.modules, "resource", None)

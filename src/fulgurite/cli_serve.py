@@ -83,7 +83,7 @@ def serve(
     except KeyboardInterrupt:
         pass
     finally:
-        engine.close(settings.shutdown_seconds)  # by now nobody waits for what it still draws
+        engine.close(server.seconds_left())  # by now nobody waits for what it still draws
         ledger.close()
 
 

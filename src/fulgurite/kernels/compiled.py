@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
+PAIR = 32  # numbers that 8-bit kernels take at a time
 SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
 MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
@@ -23,7 +24,13 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    arguments = {"group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT]}
+    arguments = {
+        "group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT],
+        "quantize": [POINTER] * 3 + [NUMBER] * 2 + [INT],
+        "dequantize": [POINTER] * 5 + [NUMBER] * 2 + [INT],
+        "bounds": [POINTER] * 2 + [NUMBER] * 2 + [INT],
+        "quantize_picture": [POINTER] * 2 + [NUMBER] * 3 + [ctypes.c_double, INT, INT],
+    }
     if found.has_tiles():
         arguments["linear"] = [POINTER] * 5 + [NUMBER] * 3 + [INT, INT]
         arguments["convolve"] = [POINTER] * 5 + [NUMBER] * 5 + [INT]
@@ -61,6 +68,62 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     y, scratch = torch.empty_like(x), torch.empty(rows * (2 * groups * parts + channels), dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias, scratch))
     call("group_norm", *pointers, rows, height * width, channels, groups, part, eps, silu)
+    return y
+
+
+def fits_pairs(x: Tensor) -> bool:
+    """Whether the kernels for 8 bits are there, and take tokens or a picture's pixels ``[..., D]`` such as these."""
+    return library() is not None and x.dtype == torch.bfloat16 and x.shape[-1] % PAIR == 0
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens ``[..., D]`` in bfloat16 as 8-bit numbers plus 128, and what 1 stands for in each, ``[..., 1]``.
+
+    That is in float32. What is no number or infinite makes it none.
+    """
+    x = x.contiguous()
+    values, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    call("quantize", x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1])
+    return values, scales
+
+
+def bounds(pixels: Tensor) -> tuple[float, float]:
+    """The lowest and the highest of pixels ``[..., w, C]`` in bfloat16 and of 0; none where one is no finite number."""
+    found, line = torch.empty(2), pixels.shape[-2] * pixels.shape[-1]
+    assert pixels.is_contiguous()
+    call("bounds", pixels.data_ptr(), found.data_ptr(), pixels.numel() // line, line)
+    return float(found[0]), float(found[1])
+
+
+def quantize_picture(pixels: Tensor, steps: float, zero: int) -> Tensor:
+    """Pixels ``[1, h, w, C]`` in bfloat16 as 8-bit numbers, ``steps`` to 1, with a margin: ``[1, h + 2, w + 2, C]``."""
+    _, height, width, channels = pixels.shape
+    values = torch.empty(1, height + 2, width + 2, channels, dtype=torch.uint8)
+    assert pixels.is_contiguous()
+    call("quantize_picture", pixels.data_ptr(), values.data_ptr(), height, width, channels, steps, zero)
+    return values
+
+
+def in_pairs(bias: Tensor) -> Tensor:
+    """A bias ``[D]`` as ``dequantize`` wants it: in float32, of each 32 the even ones before the odd ones."""
+    return torch.cat([part[i::2] for part in bias.float().split(PAIR) for i in range(2)])
+
+
+def dequantize(
+    y: Tensor, scales: Tensor, bias: Tensor, gate: Tensor | None = None, gate_bias: Tensor | None = None
+) -> Tensor:
+    """Products ``[..., D]`` in bfloat16 times ``scales`` ``[..., 1]``, plus a bias; in place.
+
+    With a ``gate`` of the same shape, times GELU of that scaled and with its own bias. Biases: from ``in_pairs``.
+    """
+    scales = scales.float().contiguous()
+    tokens, wide = scales.numel(), len(bias)
+    for product in (y,) if gate is None else (y, gate):
+        assert product.dtype == torch.bfloat16
+        assert product.is_contiguous()
+        assert product.numel() == tokens * wide
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (y, gate, scales, bias, gate_bias))
+    call("dequantize", *pointers, tokens, wide)
     return y
 
 

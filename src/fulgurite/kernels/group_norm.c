@@ -12,19 +12,7 @@ threads would fight torch's for the cores.
 
 #include "vectors.h"
 
-enum { PAIR = 2 * LANES, ALONE = 16384 }; /* numbers; a picture of so few is for one thread */
-
-#ifdef __x86_64__ /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
-#define EACH static __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH static
-#endif
-
-/* Numbers come in pairs, as bfloat16 lies in 32-bit words: the even ones in the lower halves, the odd ones in the upper. */
-INLINE floats evens(words x) { return (floats)(x << 16); }
-INLINE floats odds(words x) { return (floats)(x & 0xFFFF0000); }
-
-INLINE words paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
+enum { ALONE = 16384 }; /* numbers; a picture of so few is for one thread */
 
 /* Of x's first numbers at most a pair of vectors; where there are fewer, the pair's own are left. */
 INLINE words loaded(const uint16_t *x, long count, words pair) {

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.kernels import compiled
 from fulgurite.kernels.cpu import PackedBySize
 from fulgurite.models.layers import GEGLU, Upsample, VectorLinear
 
@@ -29,9 +30,13 @@ class Tokens:
     """Activations ``[..., D]`` as 8-bit numbers, and what 1 stands for in each token, ``[..., 1]``."""
 
     def __init__(self, x: Tensor) -> None:
-        # One less than the most, since bfloat16 may round the scale down and the largest quotients up.
-        self.scale = (x.abs().amax(-1, keepdim=True) / (MOST - 1)).clamp_min(SMALLEST)
-        self.values = unsigned((x / self.scale).round_().to(torch.int8))
+        self.dtype = x.dtype
+        if compiled.fits_pairs(x):
+            self.values, self.scale = compiled.quantize(x)
+        else:
+            # One less than the most, since a half precision may round the scale down and the largest quotients up.
+            self.scale = (x.abs().amax(-1, keepdim=True) / (MOST - 1)).clamp_min(SMALLEST)
+            self.values = unsigned((x / self.scale).round_().to(torch.int8))
 
 
 class Picture:
@@ -42,13 +47,18 @@ class Picture:
     """
 
     def __init__(self, x: Tensor) -> None:
-        low, high = (float(end) for end in torch.aminmax(x.permute(0, 2, 3, 1).view(-1)))
+        pixels = x.permute(0, 2, 3, 1)
+        in_c = compiled.fits_pairs(pixels)
+        low, high = compiled.bounds(pixels) if in_c else (float(end) for end in torch.aminmax(pixels.view(-1)))
         low, high = min(low, 0.0), max(high, 0.0)
         steps, self.zero = math.nan, ZERO  # what is no number spoils its picture, as in any other precision
         if math.isfinite(high - low):
             steps = float(x.new_tensor(STEPS / max(high - low, SMALLEST)))  # to 1, rounded as x is
             self.zero = 1 + round(-low * steps)
         self.scale = 1 / steps
+        if in_c:
+            self.values = compiled.quantize_picture(pixels, steps, self.zero).permute(0, 3, 1, 2)
+            return
 
         (_, channels, height, width), zero = x.shape, self.zero - ZERO
         size = 1, channels, height + 2, width + 2
@@ -79,16 +89,24 @@ class Int8Linear(nn.Module):
         values, self.scale = rounded(weight)
         self.weight, self.bias = ops.qlinear_prepack(values, None), bias
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias_in_pairs = compiled.in_pairs(self.zeros if bias is None else bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of(Tokens(x))
+        tokens = Tokens(x)
+        return self.scaled(self.product(tokens), tokens)
 
-    def of(self, x: Tokens) -> Tensor:
-        """The layer's output ``[..., O]``, in the precision that ``x`` was quantized from."""
-        y = ops.qlinear_pointwise(
-            x.values, 1.0, ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, x.scale.dtype, "none", [], ""
+    def product(self, x: Tokens) -> Tensor:
+        """Sums of products ``[..., O]`` without the tokens' scale and the bias, in the precision of what ``x`` was."""
+        return ops.qlinear_pointwise(
+            x.values, 1.0, ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
         )
-        return y.mul_(x.scale) if self.bias is None else torch.addcmul(self.bias, y, x.scale, out=y)
+
+    def scaled(self, y: Tensor, x: Tokens) -> Tensor:
+        """The layer's output, of such sums; in place."""
+        if compiled.fits_pairs(y):
+            return compiled.dequantize(y, x.scale, self.bias_in_pairs)
+        scale = x.scale.to(y.dtype)
+        return y.mul_(scale) if self.bias is None else torch.addcmul(self.bias, y, scale, out=y)
 
 
 class Int8GEGLU(nn.Module):
@@ -101,7 +119,11 @@ class Int8GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = Tokens(x)
-        return self.value.of(tokens).mul_(F.gelu(self.gate.of(tokens)))
+        value, gate = self.value.product(tokens), self.gate.product(tokens)
+        if compiled.fits_pairs(value):
+            biases = self.value.bias_in_pairs, self.gate.bias_in_pairs
+            return compiled.dequantize(value, tokens.scale, biases[0], gate, biases[1])
+        return self.value.scaled(value, tokens).mul_(F.gelu(self.gate.scaled(gate, tokens)))
 
 
 class Int8Conv2d(PackedBySize):

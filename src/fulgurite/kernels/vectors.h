@@ -2,7 +2,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16 };
+enum { LANES = 16, PAIR = 2 * LANES };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -10,8 +10,20 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
+#ifdef __x86_64__ /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
+#define EACH static __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EACH static
+#endif
+
 /* Rounded to bfloat16, in the upper halves; what is in the lower ones is left over. */
 INLINE words to_nearest(floats x) { return (words)x + 0x7FFF + ((words)x >> 16 & 1); }
+
+/* Numbers come in pairs, as bfloat16 lies in 32-bit words: the even ones in the lower halves, the odd ones in the upper. */
+INLINE floats evens(words x) { return (floats)(x << 16); }
+INLINE floats odds(words x) { return (floats)(x & 0xFFFF0000); }
+
+INLINE words paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
 
 INLINE floats either(ints where, floats a, floats b) { return (floats)((where & (ints)a) | (~where & (ints)b)); }
 

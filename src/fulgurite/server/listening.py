@@ -50,10 +50,20 @@ class Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """Tells the app, at the signal to stop, by when: ``app.state.stop_by``, in the monotonic clock's seconds."""
 
+    _stop_by: float | None = None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Any = self.config.app
-        app.state.stop_by = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        app.state.stop_by = self._stop_by = time.monotonic() + self._seconds_to_stop
         await super().shutdown(sockets)
+
+    @property
+    def _seconds_to_stop(self) -> float:
+        return self.config.timeout_graceful_shutdown or 0
+
+    def seconds_left(self) -> float:
+        """Of the time to stop within, of which all is left before the signal."""
+        return self._seconds_to_stop if self._stop_by is None else max(0.0, self._stop_by - time.monotonic())
 
 
 def allow_many_files() -> None:
