@@ -14,10 +14,9 @@ enum { TILE = SIDE * DEPTH, FEW = 1 << 17 }; /* numbers of a tile; multiplicatio
 static const float NONE = -3e38f; /* the score of a key that is not there */
 
 typedef struct {
-    const uint16_t *q, *k, *v;
-    uint16_t *turned, *paired, *y; /* keys and values as tiles; their keys are filled up to whole tiles */
-    long q_apart, kv_apart;        /* numbers from a token to the next */
-    long queries, keys, room, heads, wide;
+    long q_apart;    /* numbers from a query to the next */
+    long keys, room; /* room: keys filled up to whole tiles */
+    long heads, wide;
     float scale; /* of scores, for powers of 2 */
 } attention;
 
@@ -101,7 +100,9 @@ TILES INLINE void attend_block(const attention *a, const uint16_t *q, const uint
     }
     for (long i = 0; i < count; i++) {
         float share = 1 / _mm512_reduce_add_ps((__m512)shares[i]);
-        for (long j = 0; j < a->wide; j += SIDE) store(load(sums + i * a->wide + j) * share, y + i * a->heads * a->wide + j);
+        const float *sum = sums + i * a->wide;
+        uint16_t *to = y + i * a->heads * a->wide;
+        for (long j = 0; j < a->wide; j += SIDE) store(load(sum + j) * share, to + j);
     }
 }
 
@@ -110,30 +111,31 @@ Wide is a multiple of 32 up to 512; scratch: room for 2 * [rows, heads, keys up 
 TILES void attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *y, uint16_t *scratch, long q_apart,
                   long kv_apart, long rows, long queries, long keys, long heads, long wide, double scale, int threads) {
     long room = (keys + DEPTH - 1) / DEPTH * DEPTH, blocks = (queries + BLOCK - 1) / BLOCK;
-    attention a = {q, k, v, scratch, scratch + rows * heads * room * wide, y, q_apart, kv_apart, queries, keys, room, heads,
-                   wide, (float)(scale * 1.4426950408889634)};
+    uint16_t *turned = scratch, *paired = scratch + rows * heads * room * wide;
+    attention a = {q_apart, keys, room, heads, wide, (float)(scale * 1.4426950408889634)};
 #pragma omp parallel num_threads(threads) if (rows * queries * keys * heads * wide > FEW)
     {
 #pragma omp for schedule(static)
         for (long i = 0; i < rows * heads * (room / DEPTH); i++) {
             long key = i % (room / DEPTH) * DEPTH, head = i / (room / DEPTH);
             long from = (head / heads * keys + key) * kv_apart + head % heads * wide, to = (head * room + key) * wide;
-            turn(k + from, kv_apart, keys - key, wide, a.turned + to);
-            pair_up(v + from, kv_apart, keys - key, wide, a.paired + to);
+            turn(k + from, kv_apart, keys - key, wide, turned + to);
+            pair_up(v + from, kv_apart, keys - key, wide, paired + to);
         }
         int first = 0, second = 0;
 #pragma omp for schedule(static)
         for (long i = 0; i < rows * heads * blocks; i++) {
-            long query = i % blocks * BLOCK, head = i / blocks, left = queries - query < BLOCK ? queries - query : BLOCK;
+            long query = i % blocks * BLOCK, head = i / blocks;
+            long left = queries - query < BLOCK ? queries - query : BLOCK;
             long token = head / heads * queries + query, place = head % heads * wide, tiles = head * room * wide;
             int high = left < SIDE ? left : SIDE, low = left - high;
             if (high != first || low != second) configure(first = high, second = low);
             const uint16_t *from = q + token * q_apart + place;
             uint16_t *to = y + token * heads * wide + place;
             if (low)
-                attend_block(&a, from, a.turned + tiles, a.paired + tiles, to, left, 1);
+                attend_block(&a, from, turned + tiles, paired + tiles, to, left, 1);
             else
-                attend_block(&a, from, a.turned + tiles, a.paired + tiles, to, left, 0);
+                attend_block(&a, from, turned + tiles, paired + tiles, to, left, 0);
         }
         if (first) _tile_release();
     }

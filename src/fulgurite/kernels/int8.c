@@ -7,8 +7,6 @@ In torch it is a dozen of them, a quarter of the time. A token's bits do not dep
 
 enum { MOST = 127, ZERO = 128, FEW = 16384 }; /* of 8 bits, either way; what stands for 0; numbers for one thread */
 
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
 /* The largest of a token's numbers, whatever its sign: bfloat16 without its sign is ordered as whole numbers are. */
 EACH float size_of(const uint16_t *x, long inner) {
     words even = {}, odd = {};
@@ -41,8 +39,8 @@ EACH void round_all(const uint16_t *x, uint8_t *values, long count, float steps,
     }
 }
 
-/* Tokens [tokens, inner] to values, and what 1 stands for in each, [tokens]; inner is a multiple of 32. What is no number
-or infinite spoils its token. */
+/* Tokens [tokens, inner] to values, and what 1 stands for in each, [tokens]; inner is a multiple of 32. What is no
+number or infinite spoils its token. */
 void quantize(const uint16_t *x, uint8_t *values, float *scales, long tokens, long inner, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * inner > FEW)
     for (long token = 0; token < tokens; token++) {
@@ -52,8 +50,8 @@ void quantize(const uint16_t *x, uint8_t *values, float *scales, long tokens, lo
     }
 }
 
-/* Lowers low and raises high to so many numbers' own; not is no number if one of them is none or infinite. */
-EACH void bound(const uint16_t *x, long count, float *low, float *high, float *not) {
+/* Lowers low and raises high to so many numbers' own; makes spoiled no number where one of them is none or infinite. */
+EACH void bound(const uint16_t *x, long count, float *low, float *high, float *spoiled) {
     floats least = (floats){} + *low, most = (floats){} + *high, none = {};
     for (long i = 0; i < count; i += PAIR) {
         words pair;
@@ -66,17 +64,17 @@ EACH void bound(const uint16_t *x, long count, float *low, float *high, float *n
     for (long i = 0; i < LANES; i++) {
         if (least[i] < *low) *low = least[i];
         if (most[i] > *high) *high = most[i];
-        *not += none[i];
+        *spoiled += none[i];
     }
 }
 
 /* The lowest and the highest of lines of so many numbers and of 0; none where one is no number or infinite. */
 void bounds(const uint16_t *x, float *found, long lines, long count, int threads) {
-    float low = 0, high = 0, not = 0;
+    float low = 0, high = 0, spoiled = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(min : low) reduction(max : high) \
-    reduction(+ : not)
-    for (long line = 0; line < lines; line++) bound(x + line * count, count, &low, &high, &not);
-    found[0] = low + not, found[1] = high + not;
+    reduction(+ : spoiled)
+    for (long line = 0; line < lines; line++) bound(x + line * count, count, &low, &high, &spoiled);
+    found[0] = low + spoiled, found[1] = high + spoiled;
 }
 
 /* A picture [height, width, channels] to values [height + 2, width + 2, channels], with what stands for 0 around. */

@@ -8,8 +8,6 @@ enum { SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE }; /* of tiles: rows and columns,
 
 #define TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
 /* Tiles 0 to 3 are sums, 4 and 5 inputs, 6 and 7 weights; of the first and the second sixteen positions. */
 TILES static inline void configure(int first, int second) {
     struct {
@@ -23,9 +21,9 @@ TILES static inline void configure(int first, int second) {
     _tile_loadconfig(&tiles);
 }
 
-/* Adds to tiles 0 to 3, of a block's sums, the products of so many thirty-twos of its positions' inputs, from x on, and of
-its outputs' weights; the second sixteen outputs' weights are next further on. Only of the first sixteen positions where
-not low, of outputs where not wide. */
+/* Adds to tiles 0 to 3, a block's sums, the products of so many thirty-twos of its positions' inputs, from x on, and of its
+outputs' weights; the second sixteen outputs' weights are next further on. Only of the first sixteen positions where not
+low, of outputs where not wide. */
 TILES INLINE void add_products(const uint16_t *x, long apart, const uint16_t *weight, long next, long step, long depths,
                                int low, int wide) {
     for (; depths; depths--, x += DEPTH, weight += step) {
