@@ -32,19 +32,20 @@ def unet() -> UNet:
     return network
 
 
-def test_attention_guidance_is_the_papers() -> None:
+@pytest.mark.parametrize("tau", [2.5, 1.0])
+def test_attention_guidance_is_the_papers(tau: float) -> None:
     generator = torch.Generator().manual_seed(0)
     wanted, unwanted = torch.randn(2, 2, 5, 16, generator=generator)
     unwanted[0] *= 0.1  # here the ratio of the norms passes tau in no row, below in every one
     unwanted[0] += wanted[0]
-    guided = AttentionGuidance(unwanted, torch.tensor([3.0, 3.0]))(wanted, unwanted)
+    guided = AttentionGuidance(unwanted, torch.tensor([3.0, 3.0]), tau)(wanted, unwanted)
 
-    # Equations 6 to 8 of arXiv 2505.21179, at the values its SDXL experiments use.
+    # Equations 6 to 8 of arXiv 2505.21179; tau is 2.5 in its SDXL experiments.
     steered = wanted * 3 - unwanted * 2
     ratio = torch.norm(steered, p=1, dim=-1, keepdim=True) / torch.norm(wanted, p=1, dim=-1, keepdim=True)
-    assert (ratio > 2.5).any()
-    assert (ratio < 2.5).any()
-    normed = torch.minimum(ratio, torch.tensor(2.5)) / ratio * steered
+    assert (ratio > tau).any()
+    assert (ratio < tau).any()
+    normed = torch.minimum(ratio, torch.tensor(tau)) / ratio * steered
     torch.testing.assert_close(guided, 0.5 * normed + 0.5 * wanted)
 
 
@@ -111,6 +112,8 @@ def test_a_distilled_model_draws_the_published_request_and_heeds_its_negative_pr
     assert plain.image.tobytes() != blurry.image.tobytes()
     assert plain.image.tobytes() != low.image.tobytes()
     assert plain.image.tobytes() == zero.image.tobytes()
+    shorter = Pipeline(replace(distilled.card, guidance_tau=0.5), tiny.networks)
+    assert shorter.draw(replace(asked, negative_prompt="blurry, low quality")).image.tobytes() != blurry.image.tobytes()
     assert any("negative_prompt had no effect" in note for note in zero.notes)
 
 

@@ -182,7 +182,8 @@ class Pipeline:
         strength = torch.tensor([rows[i].plan.strength for i in of_row], device=self.device)
         guidance = None
         if distilled and guided:
-            guidance = AttentionGuidance(torch.stack([rows[i].contexts[-1] for i in of_row]), strength)
+            avoided = torch.stack([rows[i].contexts[-1] for i in of_row])
+            guidance = AttentionGuidance(avoided, strength, self.card.guidance_tau)
         found = self.networks.unet(x[of_row], timesteps, contexts, pooled, sizes, guidance).float()
 
         wanted = found[: len(rows)]
@@ -261,7 +262,8 @@ class Pipeline:
 
         def evaluate(*rows: Tensor) -> Tensor:
             *inputs, avoided, strength = rows
-            return self.networks.unet(*inputs, AttentionGuidance(avoided, strength) if self.card.schedules else None)
+            guidance = AttentionGuidance(avoided, strength, self.card.guidance_tau) if self.card.schedules else None
+            return self.networks.unet(*inputs, guidance)
 
         cut = zip(*(values.split(list(parts)) for values in inputs), strict=True)
         return torch.equal(evaluate(*inputs), torch.cat([evaluate(*part) for part in cut]))

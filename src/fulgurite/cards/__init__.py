@@ -9,6 +9,7 @@ from typing import Any
 
 from fulgurite.errors import FulguriteError, UnknownModelError
 from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
+from fulgurite.models.unet import NAG_TAU
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Card:
     fast_decoder: TinyDecoderConfig | None  # a quicker one than the VAE's, where the model has one
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
     weights: Weights
+    guidance_tau: float = NAG_TAU  # of attention guidance: how much longer it may make attention's outputs
 
     @property
     def decoders(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
-NAG_TAU = 2.5  # how much longer than the unguided output the guided one may be, by L1 norm: the paper's
+NAG_TAU = 2.5  # the paper's
 NAG_ALPHA = 0.5  # the guided output's share in the blend: the paper's
 
 
@@ -47,13 +47,14 @@ class AttentionGuidance:
 
     context: Tensor  # what to avoid, ``[B, L, cross_attention_dim]``
     strength: Tensor  # ``[B]``: 1 leaves a row as it is, to the bit; below 1 the prompt counts for less
+    tau: float = NAG_TAU  # how much longer than the unguided output the guided one may be, by L1 norm
 
     def __call__(self, wanted: Tensor, unwanted: Tensor) -> Tensor:
         """Attention's outputs for both prompts, ``[B, S, D]`` each, to the guided one."""
         strength = self.strength.view(-1, 1, 1).to(wanted.dtype)
         steered = wanted + (strength - 1) * (wanted - unwanted)
         usual, now = (z.abs().sum(dim=-1, keepdim=True) for z in (wanted, steered))
-        steered = steered * (NAG_TAU * usual / now.clamp_min(1e-6)).clamp_max(1)
+        steered = steered * (self.tau * usual / now.clamp_min(1e-6)).clamp_max(1)
         return torch.where(strength == 1, wanted, torch.lerp(wanted, steered, NAG_ALPHA))
 
 

@@ -63,7 +63,8 @@ def things_drawn(
     if way.guided:
         guide = Guide(away, strength)
     elif negative:
-        guide = AttentionGuidance(away.context, torch.full((count,), strength, device=away.context.device))
+        strengths = torch.full((count,), strength, device=away.context.device)
+        guide = AttentionGuidance(away.context, strengths, card.guidance_tau)
     began = time.perf_counter()
     latents = drawn(unet, card, shape, to, guide, range(count), way.steps).cpu()
     seconds = time.perf_counter() - began
