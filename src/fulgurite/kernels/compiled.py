@@ -81,6 +81,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     That is in float32. What is no number or infinite makes it none.
     """
+    assert fits_pairs(x)
     x = x.contiguous()
     values, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     call("quantize", x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1])
@@ -90,6 +91,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def bounds(pixels: Tensor) -> tuple[float, float]:
     """The lowest and the highest of pixels ``[..., w, C]`` in bfloat16 and of 0; none where one is no finite number."""
     found, line = torch.empty(2), pixels.shape[-2] * pixels.shape[-1]
+    assert fits_pairs(pixels)
     assert pixels.is_contiguous()
     call("bounds", pixels.data_ptr(), found.data_ptr(), pixels.numel() // line, line)
     return float(found[0]), float(found[1])
@@ -97,7 +99,9 @@ def bounds(pixels: Tensor) -> tuple[float, float]:
 
 def quantize_picture(pixels: Tensor, steps: float, zero: int) -> Tensor:
     """Pixels ``[1, h, w, C]`` in bfloat16 as 8-bit numbers, ``steps`` to 1, with a margin: ``[1, h + 2, w + 2, C]``."""
-    _, height, width, channels = pixels.shape
+    rows, height, width, channels = pixels.shape
+    assert fits_pairs(pixels)
+    assert rows == 1
     values = torch.empty(1, height + 2, width + 2, channels, dtype=torch.uint8)
     assert pixels.is_contiguous()
     call("quantize_picture", pixels.data_ptr(), values.data_ptr(), height, width, channels, steps, zero)
@@ -118,6 +122,7 @@ def dequantize(
     """
     scales = scales.float().contiguous()
     tokens, wide = scales.numel(), len(bias)
+    assert wide % PAIR == 0
     for product in (y,) if gate is None else (y, gate):
         assert product.dtype == torch.bfloat16
         assert product.is_contiguous()

@@ -58,15 +58,19 @@ class Picture:
         self.scale = 1 / steps
         if in_c:
             self.values = compiled.quantize_picture(pixels, steps, self.zero).permute(0, 3, 1, 2)
-            return
+        else:
+            self.values = within_margin(x, steps, self.zero)
 
-        (_, channels, height, width), zero = x.shape, self.zero - ZERO
-        size = 1, channels, height + 2, width + 2
-        signed = torch.empty(size, dtype=torch.int8, memory_format=torch.channels_last).fill_(zero)
-        rows, shift = max(1, AT_ONCE // (channels * width)), x.new_tensor(zero)
-        for some, place in zip(x.split(rows, 2), signed[:, :, 1:-1, 1:-1].split(rows, 2), strict=True):
-            place.copy_(torch.add(shift, some, alpha=steps).round_())
-        self.values = unsigned(signed)
+
+def within_margin(x: Tensor, steps: float, zero: int) -> Tensor:
+    """A picture ``[1, C, h, w]`` as 8-bit numbers, so many steps to 1, with zeros around ``[1, C, h + 2, w + 2]``."""
+    (_, channels, height, width), shift = x.shape, x.new_tensor(zero - ZERO)
+    size = 1, channels, height + 2, width + 2
+    signed = torch.empty(size, dtype=torch.int8, memory_format=torch.channels_last).fill_(zero - ZERO)
+    rows = max(1, AT_ONCE // (channels * width))
+    for some, place in zip(x.split(rows, 2), signed[:, :, 1:-1, 1:-1].split(rows, 2), strict=True):
+        place.copy_(torch.add(shift, some, alpha=steps).round_())
+    return unsigned(signed)
 
 
 def unsigned(x: Tensor) -> Tensor:
