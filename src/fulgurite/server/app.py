@@ -1,6 +1,5 @@
 """The server: the hosted API, and what its operator and its customers need beside it."""
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,6 +11,7 @@ from fulgurite.server.accounts import add_accounts
 from fulgurite.server.catalogue import add_catalogue
 from fulgurite.server.envelope import Envelope
 from fulgurite.server.headers import describe_everywhere
+from fulgurite.server.listening import seconds_left
 from fulgurite.server.metrics import add_watching
 from fulgurite.server.pictures import add_pictures
 from fulgurite.server.predictions import add_predictions
@@ -28,8 +28,7 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        stop_by = getattr(app.state, "stop_by", time.monotonic() + settings.shutdown_seconds)
-        await service.jobs.finish(stop_by - time.monotonic())
+        await service.jobs.finish(seconds_left(app, settings.shutdown_seconds))
         await service.webhooks.close()
 
     # Its pages bring their scripts with them: /docs works where there is no network.

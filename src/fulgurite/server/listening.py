@@ -47,23 +47,24 @@ class Connection(HttpToolsProtocol):
             self._late.cancel()
 
 
+def seconds_left(app: FastAPI, most: float) -> float:
+    """Of the time to stop within, of which ``most`` is left before the signal."""
+    stop_by: float | None = getattr(app.state, "stop_by", None)
+    return most if stop_by is None else max(0.0, stop_by - time.monotonic())
+
+
 class Server(uvicorn.Server):
     """Tells the app, at the signal to stop, by when: ``app.state.stop_by``, in the monotonic clock's seconds."""
 
-    _stop_by: float | None = None
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Any = self.config.app
-        app.state.stop_by = self._stop_by = time.monotonic() + self._seconds_to_stop
+        app.state.stop_by = time.monotonic() + self.seconds_left()
         await super().shutdown(sockets)
 
-    @property
-    def _seconds_to_stop(self) -> float:
-        return self.config.timeout_graceful_shutdown or 0
-
     def seconds_left(self) -> float:
-        """Of the time to stop within, of which all is left before the signal."""
-        return self._seconds_to_stop if self._stop_by is None else max(0.0, self._stop_by - time.monotonic())
+        """As ``seconds_left`` of its app."""
+        app: Any = self.config.app
+        return seconds_left(app, self.config.timeout_graceful_shutdown or 0)
 
 
 def allow_many_files() -> None:
