@@ -1,5 +1,10 @@
 """The kernels in C against torch's own functions in double precision, on random shapes, and what does without them."""
 
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,38 @@ from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
-needs_tiles = pytest.mark.skipif(not compiled.has_tiles(), reason="this processor has no matrix tiles, or no kernels")
+needs_products = pytest.mark.usefixtures("products")
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from((3, 8, 12, 32, 96, 160, 320, 640)), *[st.integers(1, 40)] * 2)
+
+
+@pytest.fixture(scope="session")
+def emulated_tiles(tmp_path_factory):
+    """The products for tiles, compiled with tiles in plain C: where they run on vectors otherwise."""
+    library, folder = compiled.library(), Path(compiled.__file__).parent
+    if library is None or not library.has_vectors() or not shutil.which("cc"):
+        pytest.skip("this processor cannot emulate tiles, or there is no compiler")
+    file, sources = tmp_path_factory.mktemp("tiles") / "tiles.so", [folder / "attention.c", folder / "products.c"]
+    flags = ["-shared", "-fPIC", "-O2", "-fopenmp", "-Wno-psabi", "-march=cooperlake", "-include"]
+    subprocess.run(["cc", *flags, Path(__file__).parent / "emulated_tiles.h", *sources, "-o", file], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
+        return compiled.opened("_tiles", compiled.PRODUCTS)
+
+
+@pytest.fixture(scope="module", params=["tiles", "vectors", "emulated_tiles"])
+def products(request):
+    """Products by each of the processor's units that has them."""
+    if request.param == "emulated_tiles":
+        found = request.getfixturevalue("emulated_tiles")
+    else:
+        library = compiled.library()
+        there = library is not None and getattr(library, f"has_{request.param}")()
+        found = compiled.opened(f"_{request.param}", compiled.PRODUCTS) if there else None
+    if found is None:
+        pytest.skip(f"this processor has no {request.param} for bfloat16, or the compiler did not know them")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "products", lambda: found)
+        yield
 
 
 def groups_of(channels: int) -> int:
@@ -111,21 +146,42 @@ def test_without_a_compiler_norms_are_torchs(layer, monkeypatch):
 
 @needs_library
 def test_with_one_they_are_the_packages():
-    network = nn.Sequential(nn.GroupNorm(4, 12), GroupNormSiLU(4, 12), nn.GroupNorm(4, 12).float())
-    network[:2].bfloat16()
+    network = nn.Sequential(
+        nn.GroupNorm(4, 12), GroupNormSiLU(4, 12), nn.LayerNorm(32), nn.LayerNorm(33), nn.GroupNorm(4, 12).float()
+    )
+    network[:4].bfloat16()
     cpu.accelerate(network)
-    assert [type(layer) for layer in network] == [cpu.CompiledGroupNorm, cpu.CompiledGroupNorm, cpu.QuickGroupNorm]
+    assert [type(layer) for layer in network] == [
+        cpu.CompiledGroupNorm,
+        cpu.CompiledGroupNorm,
+        cpu.CompiledLayerNorm,
+        nn.LayerNorm,
+        cpu.QuickGroupNorm,
+    ]
     assert [layer.silu for layer in network[:2]] == [False, True]
+
+
+@needs_library
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 100), st.sampled_from((32, 160, 768, 2048)), st.sampled_from((0.0, 1.0, 100.0)))
+def test_a_layers_norm_is_exact_but_for_one_rounding(tokens, wide, mean):
+    torch.manual_seed(0)
+    x, (weight, bias) = (torch.randn(2, tokens, wide) * 3 + mean).bfloat16(), scale_and_shift(wide)
+    exact = F.layer_norm(x.double(), (wide,), weight.double(), bias.double())
+    found = compiled.layer_norm(x, compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5)
+    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4 + 2**-22 * x.abs().max()).all()
+    assert torch.equal(compiled.layer_norm(x[:1], compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5), found[:1])
+    x[1, 0, 3] = torch.inf
+    found = compiled.layer_norm(x, compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5)
+    assert found.isfinite().all(dim=-1).sum() == 2 * tokens - 1
 
 
 def test_a_file_that_cannot_be_loaded_is_as_none(monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_bytes(b"not a library")
-
-    class Spec:
-        origin = str(tmp_path / "broken.so")
-
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: Spec)
+    broken = SimpleNamespace(origin=str(tmp_path / "broken.so"))
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: broken)
     assert compiled.library.__wrapped__() is None
+    assert compiled.opened("_vectors", compiled.PRODUCTS) is None
 
 
 def rounded_once(found: Tensor, exact: Tensor) -> bool:
@@ -140,10 +196,10 @@ def weights(*shape: int) -> tuple[Tensor, Tensor]:
 LAYERS = st.tuples(st.integers(1, 5), st.integers(1, 5))  # sixteens of outputs, thirty-twos of inputs
 
 
-@needs_tiles
+@needs_products
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 100), LAYERS, st.booleans(), st.booleans())
-def test_a_linear_layer_of_tiles_is_exact_but_for_one_rounding(tokens, layer, gelu, scaled):
+def test_a_linear_layer_is_exact_but_for_one_rounding(tokens, layer, gelu, scaled):
     torch.manual_seed(0)
     (weight, bias), x = weights(16 * layer[0], 32 * layer[1]), torch.randn(1, tokens, 32 * layer[1]).bfloat16()
     factor = torch.randn(1, tokens, len(bias)).bfloat16() if scaled else None
@@ -154,23 +210,25 @@ def test_a_linear_layer_of_tiles_is_exact_but_for_one_rounding(tokens, layer, ge
     assert rounded_once(found, exact)
 
 
-@needs_tiles
+@needs_products
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), LAYERS, st.booleans())
-def test_a_convolution_of_tiles_is_exact_but_for_one_rounding(rows, height, width, layer, last):
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), LAYERS, st.integers(0, 31), st.integers(1, 2))
+def test_a_convolution_is_exact_but_for_one_rounding(rows, height, width, layer, fewer, stride):
     torch.manual_seed(0)
-    outer, inner = 16 * layer[0], 32 * layer[1]
+    outer, inner = 16 * layer[0], 32 * layer[1] - fewer
     (weight, bias), x = weights(outer, inner, 3, 3), torch.randn(rows, inner, height, width).bfloat16()
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    found = compiled.convolve(x, compiled.tiled(weight), bias)
+    found = compiled.convolve(x, compiled.tiled(weight), bias, stride)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding=1)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert rounded_once(found, F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+    assert rounded_once(found, exact)
+    last = compiled.convolve(x.contiguous(memory_format=torch.channels_last), compiled.tiled(weight), bias, stride)
+    assert torch.equal(last, found)
 
 
-@needs_tiles
+@needs_products
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 9), st.integers(1, 9), LAYERS)
-def test_bits_of_tiles_depend_neither_on_the_rows_beside_nor_on_threads(rows, height, width, layer):
+def test_bits_of_products_depend_neither_on_the_rows_beside_nor_on_threads(rows, height, width, layer):
     torch.manual_seed(0)
     (weight, bias), (conv, _) = weights(16 * layer[0], 32 * layer[1]), weights(16 * layer[0], 32 * layer[1], 3, 3)
     pictures_of = torch.randn(rows, 32 * layer[1], height, width).bfloat16()
@@ -190,10 +248,10 @@ def test_bits_of_tiles_depend_neither_on_the_rows_beside_nor_on_threads(rows, he
         torch.set_num_threads(threads)
 
 
-@needs_tiles
+@needs_products
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 600), st.integers(1, 3), st.sampled_from((32, 64, 512)))
-def test_attention_by_tiles(rows, queries, keys, heads, head_dim):
+def test_attention(rows, queries, keys, heads, head_dim):
     """Queries beside their keys and values, as one layer makes them; weights are rounded to bfloat16 besides."""
     torch.manual_seed(0)
     wide, together = heads * head_dim, torch.randn(rows, max(queries, keys), 3 * heads * head_dim).bfloat16()
@@ -208,7 +266,7 @@ def test_attention_by_tiles(rows, queries, keys, heads, head_dim):
     assert torch.equal(torch.cat(alone), found)
 
 
-@needs_tiles
+@needs_products
 @pytest.mark.parametrize("last", [3, -3], ids=["rising", "falling"])
 def test_attention_where_scores_go_far_up_or_down_from_key_to_key(last):
     """Keys are gone through some hundred at a time: what was summed before a higher score must count for less."""
@@ -219,7 +277,7 @@ def test_attention_where_scores_go_far_up_or_down_from_key_to_key(last):
     assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= 2**-7 * v.abs().max()
 
 
-@needs_tiles
+@needs_products
 def test_attention_to_scores_far_apart_and_to_what_is_no_number():
     q, k, v = torch.randn(1, 20, 32).bfloat16(), *(torch.randn(1, 400, 32).bfloat16() for _ in range(2))
     q *= 256
@@ -233,8 +291,8 @@ def test_attention_to_scores_far_apart_and_to_what_is_no_number():
     assert compiled.attend(q, k, v, 32).isnan().all()
 
 
-@needs_tiles
-def test_infinities_and_what_is_no_number_are_seen_after_a_layer_of_tiles():
+@needs_products
+def test_infinities_and_what_is_no_number_are_seen_after_a_layer():
     """What the network cannot compute must not come out as a picture."""
     (weight, bias), x = weights(32, 64), torch.randn(3, 64).bfloat16()
     x[1, 5], x[2, 7] = torch.nan, torch.inf
@@ -248,20 +306,22 @@ def layers_of(layer: nn.Module) -> set[type[nn.Module]]:
     return {type(part) for part in network.modules()} - {nn.Sequential}
 
 
-@needs_tiles
-def test_small_layers_are_of_tiles_and_large_ones_of_onednn():
+@needs_products
+def test_small_layers_are_ours_and_large_ones_onednns():
     assert layers_of(nn.Linear(320, 640)) == layers_of(VectorLinear(320, 2048)) == {TiledLinear}
     assert layers_of(nn.Linear(640, 640)) == layers_of(nn.Linear(320, 24)) == {cpu.PackedLinear}
     assert layers_of(GEGLU(192, 768)) == {cpu.PackedGEGLU, TiledLinear}
     assert layers_of(nn.Conv2d(352, 192, 1)) == {cpu.PointwiseConv2d, TiledLinear}
     assert layers_of(nn.Conv2d(352, 192, 3, padding=1)) == {cpu.PackedConv2d, TiledConv2d}
     assert layers_of(Upsample(192)) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
-    for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(16, 64, 3, padding=1)):
+    for ours in (nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(16, 64, 3, padding=1)):
+        assert layers_of(ours) == {cpu.PackedConv2d, TiledConv2d}
+    for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, (1, 2), 1), nn.Conv2d(64, 24, 3, padding=1)):
         assert layers_of(other) == {cpu.PackedConv2d}
 
 
-def test_without_tiles_small_layers_are_onednns(monkeypatch):
-    monkeypatch.setattr(compiled, "has_tiles", lambda: False)
+def test_without_products_small_layers_are_onednns(monkeypatch):
+    monkeypatch.setattr(compiled, "products", lambda: None)
     assert layers_of(nn.Linear(320, 640)) == {cpu.PackedLinear}
     assert layers_of(nn.Conv2d(64, 64, 3, padding=1)) == {cpu.PackedConv2d}
     assert layers_of(VectorLinear(320, 640)) == {VectorLinear}

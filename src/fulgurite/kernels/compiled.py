@@ -5,52 +5,65 @@ import importlib.util
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
-PAIR = 32  # numbers that 8-bit kernels take at a time
+PAIR = 32  # numbers that a layer's norm and 8-bit kernels take at a time
 SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
 MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled file; none where there is none, or where torch's threads are not those that it was compiled for."""
-    spec = importlib.util.find_spec("fulgurite.kernels._compiled")
+FUNCTIONS: dict[str, list] = {
+    "group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT],
+    "layer_norm": [POINTER] * 4 + [NUMBER] * 2 + [ctypes.c_double, INT],
+    "quantize": [POINTER] * 3 + [NUMBER] * 2 + [INT],
+    "dequantize": [POINTER] * 5 + [NUMBER] * 2 + [INT],
+    "bounds": [POINTER] * 2 + [NUMBER] * 2 + [INT],
+    "quantize_picture": [POINTER] * 2 + [NUMBER] * 3 + [ctypes.c_double, INT, INT],
+}
+PRODUCTS: dict[str, list] = {
+    "linear": [POINTER] * 5 + [NUMBER] * 3 + [INT, INT],
+    "convolve": [POINTER] * 5 + [NUMBER] * 7 + [INT],
+    "attend": [POINTER] * 5 + [NUMBER] * 7 + [ctypes.c_double, INT],
+}
+
+
+def opened(name: str, functions: dict[str, list]) -> ctypes.CDLL | None:
+    """A compiled file; none where there is none, or where torch's threads are not those that it was compiled for."""
+    spec = importlib.util.find_spec(f"fulgurite.kernels.{name}")
     if spec is None or spec.origin is None:
         return None
     try:
         found = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    arguments = {
-        "group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT],
-        "quantize": [POINTER] * 3 + [NUMBER] * 2 + [INT],
-        "dequantize": [POINTER] * 5 + [NUMBER] * 2 + [INT],
-        "bounds": [POINTER] * 2 + [NUMBER] * 2 + [INT],
-        "quantize_picture": [POINTER] * 2 + [NUMBER] * 3 + [ctypes.c_double, INT, INT],
-    }
-    if found.has_tiles():
-        arguments["linear"] = [POINTER] * 5 + [NUMBER] * 3 + [INT, INT]
-        arguments["convolve"] = [POINTER] * 5 + [NUMBER] * 5 + [INT]
-        arguments["attend"] = [POINTER] * 5 + [NUMBER] * 7 + [ctypes.c_double, INT]
-    for name, types in arguments.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = types, None
+    for function, types in functions.items():
+        getattr(found, function).argtypes, getattr(found, function).restype = types, None
     return found
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether ``linear``, ``convolve`` and ``attend`` are there: they need an x86 processor with matrix tiles (AMX)."""
+def library() -> ctypes.CDLL | None:
+    """The functions that any processor can run."""
+    return opened("_compiled", FUNCTIONS)
+
+
+@cache
+def products() -> ctypes.CDLL | None:
+    """``linear``, ``convolve`` and ``attend`` for this processor's matrix tiles (AMX), else for its vectors.
+
+    None where it is no x86 processor, or its vectors do not multiply bfloat16 (AVX-512 BF16).
+    """
     found = library()
-    return found is not None and bool(found.has_tiles())
+    tiles = opened("_tiles", PRODUCTS) if found and found.has_tiles() else None
+    return tiles or (opened("_vectors", PRODUCTS) if found and found.has_vectors() else None)
 
 
 def call(name: str, *arguments: float | None) -> None:
-    """Calls a function of the library, with as many threads as torch has."""
-    compiled = library()
+    """Calls a function of these, with as many threads as torch has."""
+    compiled = products() if name in PRODUCTS else library()
     assert compiled
     getattr(compiled, name)(*arguments, torch.get_num_threads())
 
@@ -60,9 +73,10 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
     ``weight`` and ``bias`` ``[C]`` are in float32. Computed in float32, sums in float64, and rounded once.
     """
-    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = x.shape
-    assert channels == len(weight)
+    assert x.dtype == torch.bfloat16
+    assert weight.shape == (channels,)
     part = max(1, PART // channels)  # pixels
     parts = -(-height * width // part)
     y, scratch = torch.empty_like(x), torch.empty(rows * (2 * groups * parts + channels), dtype=torch.float64)
@@ -71,8 +85,19 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     return y
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer normalization of tokens ``[..., D]`` in bfloat16; ``weight`` and ``bias``: from ``in_pairs``."""
+    x, (wide,) = x.contiguous(), weight.shape
+    assert fits_pairs(x)
+    assert x.shape[-1] == wide
+    y = torch.empty_like(x)
+    pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias))
+    call("layer_norm", *pointers, x.numel() // wide, wide, eps)
+    return y
+
+
 def fits_pairs(x: Tensor) -> bool:
-    """Whether the kernels for 8 bits are there, and take tokens or a picture's pixels ``[..., D]`` such as these."""
+    """Whether kernels that take numbers in pairs are there, and suit tokens or a picture's pixels ``[..., D]``."""
     return library() is not None and x.dtype == torch.bfloat16 and x.shape[-1] % PAIR == 0
 
 
@@ -108,9 +133,9 @@ def quantize_picture(pixels: Tensor, steps: float, zero: int) -> Tensor:
     return values
 
 
-def in_pairs(bias: Tensor) -> Tensor:
-    """A bias ``[D]`` as ``dequantize`` wants it: in float32, of each 32 the even ones before the odd ones."""
-    return torch.cat([part[i::2] for part in bias.float().split(PAIR) for i in range(2)])
+def in_pairs(vector: Tensor) -> Tensor:
+    """A vector ``[D]`` for numbers in pairs: in float32, of each 32 the even ones before the odd ones."""
+    return torch.cat([part[i::2] for part in vector.detach().float().split(PAIR) for i in range(2)])
 
 
 def dequantize(
@@ -133,19 +158,22 @@ def dequantize(
 
 
 def fits_tiles(weight: Tensor) -> bool:
-    """Whether there are tiles, and a layer's weight ``[outer, inner, ...]`` comes to whole ones."""
+    """Whether there are products, and a layer's weight ``[outer, inner, ...]`` comes to whole tiles."""
     outer, inner = weight.shape[:2]
-    return has_tiles() and weight.dtype == torch.bfloat16 and outer % SIDE == 0 and inner % DEPTH == 0
+    whole = inner % DEPTH == 0 or weight.dim() > 2  # pictures are copied, with what they lack
+    return products() is not None and weight.dtype == torch.bfloat16 and outer % SIDE == 0 and whole
 
 
 def tiled(weight: Tensor) -> Tensor:
-    """A linear layer's weight ``[outer, inner]`` or a convolution's ``[outer, inner, 3, 3]`` as tiles want it.
+    """A linear layer's weight ``[outer, inner]`` or a convolution's ``[outer, inner, 3, 3]`` as products want it.
 
-    ``[taps, outer / 16, inner / 32, 16, 16, 2]``: pairs of inputs are innermost, then sixteen outputs.
+    ``[outer / 16, taps, inner / 32, 16, 16, 2]``: pairs of inputs are innermost, then sixteen outputs. What inner lacks
+    to whole thirty-twos is zeros.
     """
     taps = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]
+    taps = F.pad(taps, (0, -taps.shape[2] % DEPTH))
     pairs = taps.unflatten(2, (-1, DEPTH // 2, 2)).unflatten(1, (-1, SIDE))  # [taps, outer / 16, 16, inner / 32, 16, 2]
-    return pairs.permute(0, 1, 3, 4, 2, 5).contiguous()
+    return pairs.permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: Tensor | None = None) -> Tensor:
@@ -154,34 +182,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``factor``: of the output's shape. A token's bits do
     not depend on the tokens beside it.
     """
-    x, outer, inner = x.to(torch.bfloat16).contiguous(), len(bias), x.shape[-1]
-    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else factor.to(torch.bfloat16).contiguous()
+    x, by, (outer,), inner = x.contiguous(), None if factor is None else factor.contiguous(), bias.shape, x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], outer)
+    assert x.dtype == torch.bfloat16
     assert inner == weight.shape[2] * DEPTH
-    assert by is None or by.shape == y.shape
+    assert by is None or (by.shape == y.shape and by.dtype == x.dtype)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
     call("linear", *pointers, x.numel() // inner, inner, outer, gelu)
     return y
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
     """A 3x3 convolution of pictures ``[B, inner, h, w]`` in bfloat16, zeros around them, to channels-last ones.
 
-    ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32.
+    ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``stride``: pixels from one output to the next.
     """
-    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    pictures, inner, height, width = x.shape
-    assert inner == weight.shape[2] * DEPTH
-    y = torch.empty(pictures, len(bias), height, width, dtype=x.dtype, memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    (pictures, channels, height, width), (outer,) = x.shape, bias.shape
+    assert x.dtype == torch.bfloat16
+    inner, outputs = weight.shape[2] * DEPTH, ((side - 1) // stride + 1 for side in (height, width))
+    assert 0 <= inner - channels < DEPTH
+    y = torch.empty(pictures, outer, *outputs, dtype=x.dtype, memory_format=torch.channels_last)
     padded = x.new_empty(pictures, height + 2, width + 2, inner)
     pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
-    call("convolve", *pointers, pictures, height, width, inner, len(bias))
+    call("convolve", *pointers, pictures, height, width, channels, inner, outer, stride)
     return y
 
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
     in_bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return has_tiles() and in_bfloat16 and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
+    return products() is not None and in_bfloat16 and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:

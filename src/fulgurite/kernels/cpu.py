@@ -177,7 +177,7 @@ class PackedUpsample(PackedBySize):
 
 
 class CachedAttention(DotProductAttention):
-    """Attention on matrix tiles; where there are none as matrix products, torch's own for few scores.
+    """Attention by the package's own kernel; where there is none as matrix products, torch's own for few scores.
 
     Those are over as many heads, or as many queries of one head, as the cache has room for.
     """
@@ -245,6 +245,17 @@ class CompiledGroupNorm(nn.Module):
         return compiled.group_norm(x, self.groups, self.weight, self.bias, self.eps, self.silu)
 
 
+class CompiledLayerNorm(nn.Module):
+    """A norm of tokens in bfloat16 by the package's own kernel."""
+
+    def __init__(self, plain: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = compiled.in_pairs(plain.weight), compiled.in_pairs(plain.bias), plain.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compiled.layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def accelerate(network: nn.Module) -> None:
     """Puts these layers in place of the network's own, in place, one by one, so that the memory is not needed twice."""
     if not torch.backends.mkldnn.is_available():
@@ -269,6 +280,8 @@ def accelerate(network: nn.Module) -> None:
                 setattr(network, name, CachedAttention(layer.head_dim))
             case nn.GroupNorm() if layer.weight.dtype == torch.bfloat16 and compiled.library():
                 setattr(network, name, CompiledGroupNorm(layer))
+            case nn.LayerNorm() if compiled.fits_pairs(layer.weight):
+                setattr(network, name, CompiledLayerNorm(layer))
             case GroupNormSiLU():
                 layer.__class__ = QuickGroupNormSiLU
             case nn.GroupNorm():

@@ -1,4 +1,4 @@
-"""Layers of small networks on a CPU's matrix tiles: a call of oneDNN takes longer than their product (``tiles.c``)."""
+"""Layers of small networks on a CPU: a call of oneDNN takes longer than their product (``products.c``)."""
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,11 @@ class TiledConv2d(nn.Module):
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = compiled.tiled(plain.weight), bias_of(plain.bias, plain.weight)
+        self.stride = plain.stride[0]
 
     @staticmethod
     def fits(plain: nn.Conv2d) -> bool:
-        usual = (plain.kernel_size, plain.stride, plain.padding) == ((3, 3), (1, 1), (1, 1))
+        usual = (plain.kernel_size, plain.padding) == ((3, 3), (1, 1)) and plain.stride in ((1, 1), (2, 2))
         few = plain.weight.numel() < FEW_CONV_WEIGHTS
         return usual and plain.dilation == (1, 1) and plain.groups == 1 and few and compiled.fits_tiles(plain.weight)
 
@@ -53,4 +54,4 @@ class TiledConv2d(nn.Module):
         return size.numel() <= FEW_PIXELS
 
     def forward(self, x: Tensor) -> Tensor:
-        return compiled.convolve(x, self.weight, self.bias)
+        return compiled.convolve(x, self.weight, self.bias, self.stride)

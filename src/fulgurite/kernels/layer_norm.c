@@ -1,0 +1,48 @@
+/*
+Layer normalization (Ba et al., arXiv 1607.06450) of tokens in bfloat16, each read once and written once.
+*/
+#include <math.h>
+
+#include "vectors.h"
+
+enum { FEW = 16384 }; /* numbers; so few are for one thread */
+
+INLINE double added(floats x) {
+    double sum = 0;
+    for (long i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+/* A token, its deviations from the mean kept in between. */
+EACH void norm_token(const uint16_t *x, uint16_t *y, long wide, const floats *weight, const floats *bias, double eps,
+                     floats *kept) {
+    floats sum = {}, square = {};
+    for (long i = 0; i < wide / LANES; i += 2) {
+        words pair;
+        memcpy(&pair, x + i * LANES, sizeof pair);
+        kept[i] = evens(pair), kept[i + 1] = odds(pair);
+        sum += kept[i] + kept[i + 1];
+    }
+    float mean = added(sum) / wide;
+    for (long i = 0; i < wide / LANES; i++) {
+        kept[i] -= mean;
+        square += kept[i] * kept[i];
+    }
+    float scale = 1 / sqrt(added(square) / wide + eps);
+    for (long i = 0; i < wide / LANES; i += 2) {
+        words pair = paired(kept[i] * scale * weight[i] + bias[i], kept[i + 1] * scale * weight[i + 1] + bias[i + 1]);
+        memcpy(y + i * LANES, &pair, sizeof pair);
+    }
+}
+
+/* Tokens [tokens, wide]; wide is a multiple of 32, and of each 32 of weight and bias evens come before odds. */
+void layer_norm(const uint16_t *x, uint16_t *y, const floats *weight, const floats *bias, long tokens, long wide, double eps,
+                int threads) {
+#pragma omp parallel num_threads(threads) if (tokens * wide > FEW)
+    {
+        floats kept[wide / LANES];
+#pragma omp for schedule(static)
+        for (long token = 0; token < tokens; token++)
+            norm_token(x + token * wide, y + token * wide, wide, weight, bias, eps, kept);
+    }
+}

@@ -1,0 +1,96 @@
+/*
+Linear layers and 3x3 convolutions of small networks in bfloat16, block by block.
+
+For each call oneDNN looks up what it made for these shapes, which takes longer than the product of a few dozen tokens
+with a small weight. Large ones are oneDNN's: here a weight is gone through again for every 32 positions.
+
+Both are the same product. A convolution's picture is padded by zeros and then a sequence of positions, lines
+one after the other, each w + 2 long; a tap's positions are the same ones, some further on, so that rows of a tile are
+as far apart in memory as a linear layer's. What comes out at the two positions between lines is dropped.
+*/
+#include "blocks.h"
+
+enum { ALONE = 1 << 20 }; /* multiplications; so few are for one thread */
+
+typedef struct {
+    const uint16_t *x, *weight; /* weight: [outer / 16][taps][inner / 32][16][16][2], pairs of inner innermost */
+    const float *bias;
+    const uint16_t *factor; /* what the outputs are multiplied by, of their shape; or nothing */
+    uint16_t *y;
+    long pictures, lines, across; /* of outputs */
+    long apart, spread, stride;   /* positions from a picture's first to the next one's, a line's; from output to output */
+    long inner, outer, taps;
+    int with_gelu;
+} product;
+
+/* Sums of sixteen outputs of a position to bfloat16, with what comes after the product. */
+INLINE void put_out(const product *p, const float *sums, const float *bias, long at) {
+    floats y = load(sums) + load(bias);
+    if (p->with_gelu) y = gelu(y);
+    if (p->factor) y *= (floats)(load_halves(p->factor + at) << 16);
+    store(y, p->y + at);
+}
+
+/* This thread's share of the product. */
+static void multiply(const product *p) {
+    long counted = EVENLY ? p->spread : p->across, positions = (p->lines - 1) * counted + p->across;
+    long blocks = (positions + BLOCK - 1) / BLOCK, columns = (p->outer + BLOCK - 1) / BLOCK;
+    long apart = p->stride * p->inner, places[BLOCK];
+    float sums[BLOCK][BLOCK] __attribute__((aligned(64)));
+    operands o = {.apart = apart, .depths = p->inner / DEPTH, .next = SIDE * p->taps * p->inner, .step = SIDE * DEPTH};
+    o.taps = p->taps, o.kernel = SIDE * p->inner, o.aside = p->inner, o.below = p->spread * p->inner;
+    if (!EVENLY) o.places = places;
+    unit u = {};
+#pragma omp for schedule(static)
+    for (long job = 0; job < p->pictures * blocks * columns; job++) {
+        long column = job % columns * BLOCK, start = job / columns % blocks * BLOCK, picture = job / columns / blocks;
+        long left = positions - start < BLOCK ? positions - start : BLOCK;
+        int wide = column + SIDE < p->outer;
+        const uint16_t *x = p->x + picture * p->apart * p->inner;
+        for (long row = 0; row < left && !EVENLY; row++)
+            places[row] = ((start + row) / counted * p->spread + (start + row) % counted) * apart;
+        prepare(&u, left);
+        sum_block(&o, EVENLY ? x + start * apart : x, p->weight + column * p->taps * p->inner, sums[0], BLOCK, 0, left, wide);
+        for (long row = 0; row < left; row++) {
+            long line = (start + row) / counted, place = (start + row) % counted;
+            if (place >= p->across) continue;
+            long at = ((picture * p->lines + line) * p->across + place) * p->outer + column;
+            put_out(p, sums[row], p->bias + column, at);
+            if (wide) put_out(p, sums[row] + SIDE, p->bias + column + SIDE, at + SIDE);
+        }
+    }
+    release(&u);
+}
+
+/* Tokens [tokens, inner] to [tokens, outer]; inner is a multiple of 32, outer one of 16. */
+void linear(const uint16_t *x, const uint16_t *weight, const float *bias, const uint16_t *factor, uint16_t *y,
+            long tokens, long inner, long outer, int with_gelu, int threads) {
+    product p = {x, weight, bias, factor, y, 1, 1, tokens, 0, tokens, 1, inner, outer, 1, with_gelu};
+#pragma omp parallel num_threads(threads) if (tokens * inner * outer > ALONE)
+    multiply(&p);
+}
+
+/* Channels-last pictures [pictures, height, width, channels] to [.., outer], 3x3, zeros around, so many pixels from one
+output to the next. inner: channels filled up to whole thirty-twos, as weights are; padded: room for
+[pictures, height + 2, width + 2, inner]. */
+void convolve(const uint16_t *x, uint16_t *padded, const uint16_t *weight, const float *bias, uint16_t *y, long pictures,
+              long height, long width, long channels, long inner, long outer, long stride, int threads) {
+    long spread = width + 2, apart = (height + 2) * spread, lines = (height - 1) / stride + 1, across = (width - 1) / stride + 1;
+    product p = {padded, weight, bias, 0, y, pictures, lines, across, apart, spread, stride, inner, outer, 9, 0};
+#pragma omp parallel num_threads(threads) if (9 * pictures * lines * across * inner * outer > ALONE)
+    {
+#pragma omp for schedule(static)
+        for (long line = 0; line < pictures * (height + 2); line++) {
+            long within = line % (height + 2) - 1, picture = line / (height + 2);
+            uint16_t *to = padded + line * spread * inner;
+            memset(to, 0, 2 * spread * inner);
+            if (within < 0 || within >= height) continue;
+            const uint16_t *from = x + (picture * height + within) * width * channels;
+            if (channels == inner)
+                memcpy(to + inner, from, 2 * width * inner);
+            else
+                for (long i = 0; i < width; i++) memcpy(to + (i + 1) * inner, from + i * channels, 2 * channels);
+        }
+        multiply(&p);
+    }
+}
