@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fulgurite import Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Loader
-from fulgurite.kernels import cpu, int8
+from fulgurite.kernels import compiled, cpu, int8
 from fulgurite.models import VAE, CLIPTextEncoder, UNet
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
 from fulgurite.weights import load_networks
@@ -245,3 +245,25 @@ print(before - held())
     *faults, given_back = map(int, told)
     assert max(faults) < 1000  # of 76,800 pages of 4 kB, or 150 of 2 MB
     assert given_back > 250 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux" or compiled.library() is None, reason="Linux's cores, by a kernel in C")
+def test_threads_that_compute_stay_on_a_core_each_where_there_are_as_many():
+    """And others go where they will: those that serve must not wait for the one that draws."""
+    code = """
+import os, threading, torch
+from fulgurite.kernels import compiled
+cores, gone = os.sched_getaffinity(0), threading.Event()
+other = threading.Thread(target=gone.wait)
+other.start()
+torch.set_num_threads(len(cores) + 1)
+print(compiled.keep_apart(), os.sched_getaffinity(0) == cores)
+torch.set_num_threads(len(cores))
+kept = compiled.keep_apart()
+held = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+print(kept == len(cores), {core for one in held if len(one) == 1 for core in one} == cores)
+print(os.sched_getaffinity(other.native_id) == cores)
+gone.set()
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["0", *["True"] * 4]

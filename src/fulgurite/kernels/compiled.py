@@ -68,6 +68,16 @@ def call(name: str, *arguments: float | None) -> None:
     getattr(compiled, name)(*arguments, torch.get_num_threads())
 
 
+def keep_apart() -> int:
+    """Has the calling thread and those that compute with it stay on a core each; tells how many do.
+
+    Where there are as many as there are cores for them, on Linux alone. Else, after a pause, two can be given the same
+    core picture after picture, and wait for each other at every layer.
+    """
+    found = library()
+    return found.keep_apart(torch.get_num_threads()) if found else 0
+
+
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """Group normalization, and SiLU after it where ``silu``: pictures ``[B, C, h, w]`` in bfloat16, channels last.
 

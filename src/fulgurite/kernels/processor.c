@@ -1,4 +1,30 @@
-/* Which of the processor's units products in bfloat16 are for. */
+/* What there is to know of the processor, and which of its cores threads are on. */
+#ifdef __linux__
+#define _GNU_SOURCE
+#include <sched.h>
+
+extern int omp_get_thread_num(void); /* of the library that torch has loaded */
+
+/* Where there are as many threads as cores, has each stay on one of its own, and tells how many do. */
+int keep_apart(int threads) {
+    cpu_set_t all;
+    int kept = 0;
+    if (sched_getaffinity(0, sizeof all, &all) || CPU_COUNT(&all) != threads) return 0;
+#pragma omp parallel num_threads(threads) reduction(+ : kept)
+    {
+        int core = -1;
+        for (int before = omp_get_thread_num() + 1; before; before -= CPU_ISSET(++core, &all) != 0);
+        cpu_set_t own;
+        CPU_ZERO(&own);
+        CPU_SET(core, &own);
+        kept = !sched_setaffinity(0, sizeof own, &own);
+    }
+    return kept;
+}
+#else
+int keep_apart(int threads) { return 0; }
+#endif
+
 #ifdef __x86_64__
 #include <sys/syscall.h>
 #include <unistd.h>
