@@ -163,7 +163,7 @@ class Bench:
         timesteps = torch.randint(TRAIN_STEPS, (batch,), generator=numbers).to(self.device)
         sizes = torch.full((batch, 6), float(self.work.request.width), device=self.device)
         x, context, pooled = drawn(*self.to.latent_shape), drawn(length, config.cross_attention_dim), config.pooled_dim
-        return [x, timesteps, context, drawn(pooled), sizes]
+        return [x, timesteps, self.networks.unet.read(context), drawn(pooled), sizes]
 
     def needs_cuda(self) -> None:
         if not self.cuda:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import small_sdxl as small
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fulgurite.kernels.fused import fuse, joined
 from fulgurite.models import AttentionGuidance, UNet
@@ -21,10 +21,13 @@ def test_a_fused_network_is_the_plain_one(guided):
     fuse(fused)
     x, timesteps, pooled = torch.randn(3, 4, 8, 12), torch.tensor([999, 500, 3]), torch.randn(3, 48)
     context, avoided = torch.randn(3, 77, 80), torch.randn(3, 77, 80)
-    guidance = AttentionGuidance(avoided, torch.tensor([1.0, 3.0, 6.0])) if guided else None
-    inputs = x, timesteps, context, pooled, torch.full((3, 6), 512.0), guidance
-    wanted = plain(*inputs)
-    torch.testing.assert_close(fused(*inputs), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+    def predicted(unet: UNet) -> Tensor:
+        guidance = AttentionGuidance(unet.read(avoided), torch.tensor([1.0, 3.0, 6.0])) if guided else None
+        return unet(x, timesteps, unet.read(context), pooled, torch.full((3, 6), 512.0), guidance)
+
+    wanted = predicted(plain)
+    torch.testing.assert_close(predicted(fused), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_what_is_joined_is_there_once():

@@ -42,7 +42,7 @@ class Row:
     request: Request  # with its seed filled in
     plan: Plan
     schedule: Schedule
-    contexts: Tensor  # [1 or 2, S, D]: what is wanted and, guided, what is not
+    contexts: Tensor  # [1 or 2, S, any]: what is wanted and, guided, what is not, as the network has read it
     pooled: Tensor  # [1 or 2, P]
     sizes: Tensor  # [6]
     x: Tensor  # the noisy latent [C, h, w], in float32 whatever the network's precision
@@ -143,7 +143,7 @@ class Pipeline:
             request,
             to,
             schedule,
-            torch.stack(contexts),
+            self.networks.unet.read(torch.stack(contexts)),
             torch.stack(pooled),
             sizes.to(self.device),
             noise.to(self.device),
@@ -248,17 +248,19 @@ class Pipeline:
         model every other row is guided, as any may be; guided or not, it runs the kernels that it runs beside such.
         """
         numbers, size, config = torch.Generator().manual_seed(0), sum(parts), self.card.unet
-        context = size, self.networks.tokenizers[0].length, config.cross_attention_dim
+        states = size, self.networks.tokenizers[0].length, config.cross_attention_dim
         inputs = [
             torch.randn(size, config.in_channels, *latent_size, generator=numbers).to(self.dtype),
             torch.randint(TRAIN_STEPS, (size,), generator=numbers),
-            torch.randn(context, generator=numbers).to(self.dtype),
+            torch.randn(states, generator=numbers).to(self.dtype),
             torch.randn(size, config.pooled_dim, generator=numbers).to(self.dtype),
             torch.randint(256, 2048, (size, 6), generator=numbers).float(),
-            torch.randn(context, generator=numbers).to(self.dtype),
+            torch.randn(states, generator=numbers).to(self.dtype),
             1.0 + torch.arange(size) % 2,
         ]
-        inputs = [values.to(self.device) for values in inputs]
+        x, timesteps, context, pooled, sizes, avoided, strength = (values.to(self.device) for values in inputs)
+        read = self.networks.unet.read
+        inputs = [x, timesteps, read(context), pooled, sizes, read(avoided), strength]
 
         def evaluate(*rows: Tensor) -> Tensor:
             *inputs, avoided, strength = rows

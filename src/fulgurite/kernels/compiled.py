@@ -78,14 +78,18 @@ def keep_apart() -> int:
     return found.keep_apart(torch.get_num_threads()) if found else 0
 
 
+def in_bfloat16(x: Tensor) -> Tensor:
+    """A tensor that mostly is already: to ask costs less than to have torch find out."""
+    return x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
+
+
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """Group normalization, and SiLU after it where ``silu``: pictures ``[B, C, h, w]`` in bfloat16, channels last.
 
     ``weight`` and ``bias`` ``[C]`` are in float32. Computed in float32, sums in float64, and rounded once.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = in_bfloat16(x).contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = x.shape
-    assert x.dtype == torch.bfloat16
     assert weight.shape == (channels,)
     part = max(1, PART // channels)  # pixels
     parts = -(-height * width // part)
@@ -97,9 +101,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer normalization of tokens ``[..., D]`` in bfloat16; ``weight`` and ``bias``: from ``in_pairs``."""
-    x, (wide,) = x.contiguous(), weight.shape
-    assert fits_pairs(x)
+    x, (wide,) = in_bfloat16(x).contiguous(), weight.shape
     assert x.shape[-1] == wide
+    assert wide % PAIR == 0
     y = torch.empty_like(x)
     pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias))
     call("layer_norm", *pointers, x.numel() // wide, wide, eps)
@@ -192,11 +196,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``factor``: of the output's shape. A token's bits do
     not depend on the tokens beside it.
     """
-    x, by, (outer,), inner = x.contiguous(), None if factor is None else factor.contiguous(), bias.shape, x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], outer)
-    assert x.dtype == torch.bfloat16
+    x, (outer,), inner = in_bfloat16(x).contiguous(), bias.shape, x.shape[-1]
+    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else in_bfloat16(factor).contiguous()
     assert inner == weight.shape[2] * DEPTH
-    assert by is None or (by.shape == y.shape and by.dtype == x.dtype)
+    assert by is None or by.shape == y.shape
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
     call("linear", *pointers, x.numel() // inner, inner, outer, gelu)
     return y
@@ -207,9 +210,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor
 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``stride``: pixels from one output to the next.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = in_bfloat16(x).contiguous(memory_format=torch.channels_last)
     (pictures, channels, height, width), (outer,) = x.shape, bias.shape
-    assert x.dtype == torch.bfloat16
     inner, outputs = weight.shape[2] * DEPTH, ((side - 1) // stride + 1 for side in (height, width))
     assert 0 <= inner - channels < DEPTH
     y = torch.empty(pictures, outer, *outputs, dtype=x.dtype, memory_format=torch.channels_last)

@@ -19,13 +19,6 @@ class FusedSelfAttention(Attention):
         return self.to_qkv(x).chunk(3, dim=-1)
 
 
-class FusedCrossAttention(Attention):
-    to_kv: nn.Module
-
-    def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
-        return self.to_kv(context).chunk(2, dim=-1)
-
-
 class Columns(nn.Module):
     """A layer's share of what was computed for several at once."""
 
@@ -34,17 +27,42 @@ class Columns(nn.Module):
         self.start, self.stop = start, stop
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, self.start : self.stop]
+        return x[..., self.start : self.stop]
+
+
+class FusedCrossAttention(Attention):
+    columns: Columns
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
+        return self.columns(context).chunk(2, dim=-1)
+
+
+class SideBySide(nn.Module):
+    """Layers of the same input, their outputs side by side: for weights too large to be joined in passing."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
 def fuse(unet: UNet) -> None:
-    """Joins attention's projections, and those of the timestep's embedding, in place and one by one."""
-    for block in unet.modules():
-        if isinstance(block, TransformerBlock):
-            own, cross = block.attn1, block.attn2
-            own.to_qkv, own.__class__ = joined([own.to_q, own.to_k, own.to_v]), FusedSelfAttention
-            cross.to_kv, cross.__class__ = joined([cross.to_k, cross.to_v]), FusedCrossAttention
-            del own.to_q, own.to_k, own.to_v, cross.to_k, cross.to_v
+    """Joins attention's projections, and those of the prompt and of the timestep's embedding, in place, one by one.
+
+    Keys and values of the prompt are ``unet.read``'s from now on: once a prompt instead of at every step.
+    """
+    keys_values, start = [], 0
+    for transformer in [block for block in unet.modules() if isinstance(block, TransformerBlock)]:
+        own, cross = transformer.attn1, transformer.attn2
+        own.to_qkv, own.__class__ = joined([own.to_q, own.to_k, own.to_v]), FusedSelfAttention
+        keys_values.append(joined([cross.to_k, cross.to_v]))
+        stop = start + keys_values[-1].out_features
+        cross.columns, cross.__class__ = Columns(start, stop), FusedCrossAttention
+        del own.to_q, own.to_k, own.to_v, cross.to_k, cross.to_v
+        start = stop
+    unet.read = SideBySide(keys_values)
 
     blocks = [block for block in unet.modules() if isinstance(block, ResnetBlock)]
     projections = [block.time_emb_proj for block in blocks if isinstance(block.time_emb_proj, nn.Linear)]

@@ -45,7 +45,7 @@ class AttentionGuidance:
     Unlike classifier-free guidance it costs no second evaluation, and few-step models bear it.
     """
 
-    context: Tensor  # what to avoid, ``[B, L, cross_attention_dim]``
+    context: Tensor  # what to avoid, as the network's own context
     strength: Tensor  # ``[B]``: 1 leaves a row as it is, to the bit; below 1 the prompt counts for less
     tau: float = NAG_TAU  # how much longer than the unguided output the guided one may be, by L1 norm
 
@@ -269,6 +269,8 @@ class UNet(nn.Module):
         self.add_embedding = EmbeddingMLP(config.pooled_dim + 6 * config.addition_time_embed_dim, widths[0] * 4)
         # Of the embedding, for all blocks together; else each projects it for itself (fulgurite.kernels.fused).
         self.shared_projection: nn.Module = nn.Identity()
+        # Of a prompt's states, to what ``forward`` takes for them: they are the same at every step.
+        self.read: nn.Module = nn.Identity()
         self.down_blocks = nn.ModuleList(DownBlock(i, config) for i in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(i, config) for i in reversed(range(len(widths))))
@@ -289,7 +291,7 @@ class UNet(nn.Module):
         Args:
             x: noisy latents, scaled to unit variance ``[B, C, h, w]``.
             timestep: ``[B]``, 0..999, a row each.
-            context: both text encoders' states, side by side ``[B, L, cross_attention_dim]``.
+            context: both text encoders' states, side by side ``[B, L, cross_attention_dim]``, as ``read`` gives them.
             pooled: the pooled prompt state ``[B, pooled_dim]``.
             sizes: original height and width, crop top and left, target height and width, in pixels ``[B, 6]``.
             guidance: away from which prompts to steer, and how strongly, a row each.

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,12 @@ def drawn(
     shape = card.vae.latent_channels, height // cell, width // cell
     x = torch.stack([starting_noise(seed, shape, float(schedule.sigmas[0])) for seed in seeds]).to(device)
     first = torch.zeros(len(x), dtype=torch.long, device=device)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        to = replace(to, context=unet.read(to.context))
+        if isinstance(guide, Guide):
+            guide = replace(guide, away=replace(guide.away, context=unet.read(guide.away.context)))
+        elif guide:
+            guide = replace(guide, context=unet.read(guide.context))
     return walked(unet, x, first, steps, schedule, to, card.prediction, guide)
 
 
