@@ -25,7 +25,7 @@ int keep_apart(int threads) {
 int keep_apart(int threads) { return 0; }
 #endif
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -36,13 +36,16 @@ int has_tiles(void) {
     return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
            __builtin_cpu_supports("avx512bf16") && !syscall(SYS_arch_prctl, request, tile_data);
 }
+#else
+int has_tiles(void) { return 0; }
+#endif
 
+#ifdef __x86_64__
 /* Whether its vectors multiply bfloat16. */
 int has_vectors(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16");
 }
 #else
-int has_tiles(void) { return 0; }
 int has_vectors(void) { return 0; }
 #endif
