@@ -16,7 +16,7 @@ import torch
 
 from fulgurite import Pipeline, Request
 from fulgurite.benchmark import PICTURE, draw_in_parts, flop_counts
-from fulgurite.kernels import cpu
+from fulgurite.kernels import compiled, cpu
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "growth"  # the same numbers give the same file
@@ -122,7 +122,8 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "growth.svg")
     arguments.add_argument("--rounds", type=int, default=3)
     given = arguments.parse_args()
-    cpu.keep_memory()  # as `fulgurite serve` and `generate` do
+    cpu.keep_memory()  # as `fulgurite serve` does, and
+    compiled.keep_apart()
     panels = {
         "side of the picture, pixels": of_area(given.rounds),
         "steps, at 256x256": of_steps(given.rounds),

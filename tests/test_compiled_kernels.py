@@ -25,14 +25,16 @@ SHAPES = st.tuples(st.integers(1, 3), st.sampled_from((3, 8, 12, 32, 96, 160, 32
 def emulated_tiles(tmp_path_factory):
     """The products for tiles, compiled with tiles in plain C: where they run on vectors otherwise."""
     library, folder = compiled.library(), Path(compiled.__file__).parent
-    if library is None or not library.has_vectors() or not shutil.which("cc"):
-        pytest.skip("this processor cannot emulate tiles, or there is no compiler")
+    if library is None or not library.has_vectors() or not compiled.opened("_vectors", {}) or not shutil.which("cc"):
+        pytest.skip("this processor cannot emulate tiles, or there is no compiler, or it does not know the vectors")
     file, sources = tmp_path_factory.mktemp("tiles") / "tiles.so", [folder / "attention.c", folder / "products.c"]
     flags = ["-shared", "-fPIC", "-O2", "-fopenmp", "-Wno-psabi", "-march=cooperlake", "-include"]
     subprocess.run(["cc", *flags, Path(__file__).parent / "emulated_tiles.h", *sources, "-o", file], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
-        return compiled.opened("_tiles", compiled.PRODUCTS)
+        found = compiled.opened("_tiles", compiled.PRODUCTS)
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module", params=["tiles", "vectors", "emulated_tiles"])

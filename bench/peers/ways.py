@@ -24,12 +24,12 @@ class Way(Protocol):
 class Ours:
     def __init__(self, work: Work, int8: bool = False, **changes: Any) -> None:
         """With ``changes`` to the work's request; ``int8``: large layers of the UNet and the decoder in 8 bits."""
-        cpu.keep_memory()  # as `fulgurite serve` and `generate` do
+        cpu.keep_memory()  # as `fulgurite serve` does, and
+        compiled.keep_apart()
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
         self._pipeline.accelerate(int8)
         cpu.give_back_memory()
-        compiled.keep_apart()
         self._request = replace(work.request, **changes)
 
     def draw(self) -> tuple[Image.Image, dict[str, float]]:

@@ -101,11 +101,14 @@ def admit(settings: "Settings", ledger: "Ledger") -> None:
 
 def engine_for(settings: "Settings") -> "Engine":
     from fulgurite.engine import Engine, Loader, Runner
+    from fulgurite.kernels import compiled
 
     loader = Loader.from_settings(settings)  # once here, so that what this machine cannot do is told at once
     say(f"Pictures are drawn in {loader.precision}, device {loader.device}.")
 
     def runner() -> Any:
+        if loader.device == "cpu":
+            compiled.keep_apart()
         return Runner(Loader.from_settings(settings), exact=settings.exact)
 
     return Engine(runner, settings.queue_size, settings.deadline_seconds, settings.hang_seconds)

@@ -11,7 +11,7 @@ import torch
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
-from fulgurite.kernels import compiled, cpu
+from fulgurite.kernels import cpu
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
@@ -115,7 +115,6 @@ class Loader:
             self._make_room_for_base()
             if self.device == "cpu":
                 cpu.give_back_memory()
-                compiled.keep_apart()
             self._seconds[model] = time.monotonic() - started
         self._loaded.move_to_end(name)
         return self._loaded[name]

@@ -103,7 +103,7 @@ INLINE void attend_block(const attention *a, const uint16_t *q, const uint16_t *
 /* Tokens [rows, queries or keys, heads * wide], keys and values equally far apart, to [rows, queries, heads * wide].
 Wide is a multiple of 32 up to 512; scratch: room for 2 * [rows, heads, keys up to whole thirty-twos, wide]. */
 void attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *y, uint16_t *scratch, long q_apart,
-                  long kv_apart, long rows, long queries, long keys, long heads, long wide, double scale, int threads) {
+            long kv_apart, long rows, long queries, long keys, long heads, long wide, double scale, int threads) {
     long room = (keys + DEPTH - 1) / DEPTH * DEPTH, blocks = (queries + BLOCK - 1) / BLOCK;
     uint16_t *turned = scratch, *paired = scratch + rows * heads * room * wide;
     attention a = {q_apart, keys, room, heads, wide, (float)(scale * 1.4426950408889634)};

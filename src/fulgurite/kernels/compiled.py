@@ -37,10 +37,10 @@ def opened(name: str, functions: dict[str, list]) -> ctypes.CDLL | None:
         return None
     try:
         found = ctypes.CDLL(spec.origin)
-    except OSError:
+        for function, types in functions.items():
+            getattr(found, function).argtypes, getattr(found, function).restype = types, None
+    except (OSError, AttributeError):  # the latter of a file that was compiled from earlier sources
         return None
-    for function, types in functions.items():
-        getattr(found, function).argtypes, getattr(found, function).restype = types, None
     return found
 
 
@@ -68,14 +68,14 @@ def call(name: str, *arguments: float | None) -> None:
     getattr(compiled, name)(*arguments, torch.get_num_threads())
 
 
-def keep_apart() -> int:
-    """Has the calling thread and those that compute with it stay on a core each; tells how many do.
+def keep_apart() -> bool:
+    """Has the calling thread and the one that computes with it stay on a core each, where there are two of both.
 
-    Where there are as many as there are cores for them, on Linux alone. Else, after a pause, two can be given the same
-    core picture after picture, and wait for each other at every layer.
+    For a thread that draws, again and again, on Linux. Else, after a pause, both can be given the same core picture
+    after picture, and wait for each other at every layer. What the calling thread starts from now on stays on its core.
     """
     found = library()
-    return found.keep_apart(torch.get_num_threads()) if found else 0
+    return bool(found and found.keep_apart(torch.get_num_threads()))
 
 
 def in_bfloat16(x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def dequantize(
 def fits_tiles(weight: Tensor) -> bool:
     """Whether there are products, and a layer's weight ``[outer, inner, ...]`` comes to whole tiles."""
     outer, inner = weight.shape[:2]
-    whole = inner % DEPTH == 0 or weight.dim() > 2  # pictures are copied, with what they lack
+    whole = inner % DEPTH == 0 or weight.shape[2:] == (3, 3)  # pictures are copied, with what they lack
     return products() is not None and weight.dtype == torch.bfloat16 and outer % SIDE == 0 and whole
 
 
@@ -206,7 +206,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """A 3x3 convolution of pictures ``[B, inner, h, w]`` in bfloat16, zeros around them, to channels-last ones.
+    """A 3x3 convolution of pictures ``[B, channels, h, w]`` in bfloat16, zeros around them, to channels-last ones.
 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``stride``: pixels from one output to the next.
     """
@@ -223,8 +223,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
-    in_bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return products() is not None and in_bfloat16 and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
+    half = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return products() is not None and half and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:

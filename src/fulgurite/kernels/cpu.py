@@ -1,4 +1,4 @@
-"""Layers for a CPU: oneDNN's, their weights packed once instead of at every call, and attention as matrix products.
+"""Layers for a CPU: oneDNN's, their weights packed once instead of at every call, and the package's own kernels.
 
 Each stands for a layer of fulgurite.models and differs from it in rounding alone. Packed weights are no parameters: a
 network that has them cannot be saved, moved or trained.

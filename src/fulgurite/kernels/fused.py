@@ -51,7 +51,7 @@ class SideBySide(nn.Module):
 def fuse(unet: UNet) -> None:
     """Joins attention's projections, and those of the prompt and of the timestep's embedding, in place, one by one.
 
-    Keys and values of the prompt are ``unet.read``'s from now on: once a prompt instead of at every step.
+    Keys and values of the prompt are ``unet.read``'s from now on: once a picture instead of at every step.
     """
     keys_values, start = [], 0
     for transformer in [block for block in unet.modules() if isinstance(block, TransformerBlock)]:

@@ -5,21 +5,22 @@
 
 extern int omp_get_thread_num(void); /* of the library that torch has loaded */
 
-/* Where there are as many threads as cores, has each stay on one of its own, and tells how many do. */
+/* Of two threads on two cores, has each stay on one of its own: tells whether they do. Not of more: OpenMP ends some of
+those and begins others as it needs them, which would stay on the core of who began them. */
 int keep_apart(int threads) {
-    cpu_set_t all;
+    cpu_set_t cores;
     int kept = 0;
-    if (sched_getaffinity(0, sizeof all, &all) || CPU_COUNT(&all) != threads) return 0;
-#pragma omp parallel num_threads(threads) reduction(+ : kept)
+    if (threads != 2 || sched_getaffinity(0, sizeof cores, &cores) || CPU_COUNT(&cores) != 2) return 0;
+#pragma omp parallel num_threads(2) reduction(+ : kept)
     {
-        int core = -1;
-        for (int before = omp_get_thread_num() + 1; before; before -= CPU_ISSET(++core, &all) != 0);
-        cpu_set_t own;
-        CPU_ZERO(&own);
-        CPU_SET(core, &own);
+        cpu_set_t own = cores;
+        int core = 0, second = omp_get_thread_num();
+        while (!CPU_ISSET(core, &cores)) core++;
+        if (second) CPU_CLR(core, &own);
+        for (core++; core < CPU_SETSIZE && !second; core++) CPU_CLR(core, &own);
         kept = !sched_setaffinity(0, sizeof own, &own);
     }
-    return kept;
+    return kept == 2;
 }
 #else
 int keep_apart(int threads) { return 0; }

@@ -5,8 +5,8 @@ For each call oneDNN looks up what it made for these shapes, which takes longer 
 with a small weight. Large ones are oneDNN's: here a weight is gone through again for every 32 positions.
 
 Both are the same product. A convolution's picture is padded by zeros and then a sequence of positions, lines
-one after the other, each w + 2 long; a tap's positions are the same ones, some further on, so that rows of a tile are
-as far apart in memory as a linear layer's. What comes out at the two positions between lines is dropped.
+one after the other, each w + 2 long; a tap's positions are the same ones, some further on. Tiles want rows that are
+equally far apart in memory, as a linear layer's are: what comes out at positions between lines is dropped then.
 */
 #include "blocks.h"
 
@@ -35,9 +35,9 @@ INLINE void put_out(const product *p, const float *sums, const float *bias, long
 static void multiply(const product *p) {
     long counted = EVENLY ? p->spread : p->across, positions = (p->lines - 1) * counted + p->across;
     long blocks = (positions + BLOCK - 1) / BLOCK, columns = (p->outer + BLOCK - 1) / BLOCK;
-    long apart = p->stride * p->inner, places[BLOCK];
+    long further = p->stride * p->inner, places[BLOCK];
     float sums[BLOCK][BLOCK] __attribute__((aligned(64)));
-    operands o = {.apart = apart, .depths = p->inner / DEPTH, .next = SIDE * p->taps * p->inner, .step = SIDE * DEPTH};
+    operands o = {.apart = further, .depths = p->inner / DEPTH, .next = SIDE * p->taps * p->inner, .step = SIDE * DEPTH};
     o.taps = p->taps, o.kernel = SIDE * p->inner, o.aside = p->inner, o.below = p->spread * p->inner;
     if (!EVENLY) o.places = places;
     unit u = {};
@@ -48,9 +48,9 @@ static void multiply(const product *p) {
         int wide = column + SIDE < p->outer;
         const uint16_t *x = p->x + picture * p->apart * p->inner;
         for (long row = 0; row < left && !EVENLY; row++)
-            places[row] = ((start + row) / counted * p->spread + (start + row) % counted) * apart;
+            places[row] = ((start + row) / counted * p->spread + (start + row) % counted) * further;
         prepare(&u, left);
-        sum_block(&o, EVENLY ? x + start * apart : x, p->weight + column * p->taps * p->inner, sums[0], BLOCK, 0, left, wide);
+        sum_block(&o, EVENLY ? x + start * further : x, p->weight + column * p->taps * p->inner, sums[0], BLOCK, 0, left, wide);
         for (long row = 0; row < left; row++) {
             long line = (start + row) / counted, place = (start + row) % counted;
             if (place >= p->across) continue;

@@ -291,7 +291,7 @@ class UNet(nn.Module):
         Args:
             x: noisy latents, scaled to unit variance ``[B, C, h, w]``.
             timestep: ``[B]``, 0..999, a row each.
-            context: both text encoders' states, side by side ``[B, L, cross_attention_dim]``, as ``read`` gives them.
+            context: what ``read`` gives of both text encoders' states, side by side ``[B, L, cross_attention_dim]``.
             pooled: the pooled prompt state ``[B, pooled_dim]``.
             sizes: original height and width, crop top and left, target height and width, in pixels ``[B, 6]``.
             guidance: away from which prompts to steer, and how strongly, a row each.
