@@ -30,7 +30,7 @@ from fulgurite import Pipeline, Request
 from fulgurite.benchmark import Laps, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
 from fulgurite.kernels.fused import fuse
-from fulgurite.models import UNetConfig, VAEConfig
+from fulgurite.models import UNet, UNetConfig, VAEConfig
 from fulgurite.models.layers import GroupNormSiLU
 from fulgurite.pipeline import smallest_batch
 from fulgurite.request import plan
@@ -152,8 +152,8 @@ class Bench:
         self.report.row(name, ms=1000 * middle, lowest=1000 * min(times), highest=1000 * max(times), **extra)
         return middle
 
-    def inputs(self, batch: int = 1) -> list[Tensor]:
-        """Random arguments of the UNet, of so many rows."""
+    def inputs(self, batch: int = 1, unet: UNet | None = None) -> list[Tensor]:
+        """Random arguments of the UNet, or of another one, of so many rows."""
         config, numbers = self.work.card.unet, torch.Generator().manual_seed(0)
 
         def drawn(*shape: int) -> Tensor:
@@ -163,7 +163,7 @@ class Bench:
         timesteps = torch.randint(TRAIN_STEPS, (batch,), generator=numbers).to(self.device)
         sizes = torch.full((batch, 6), float(self.work.request.width), device=self.device)
         x, context, pooled = drawn(*self.to.latent_shape), drawn(length, config.cross_attention_dim), config.pooled_dim
-        return [x, timesteps, self.networks.unet.read(context), drawn(pooled), sizes]
+        return [x, timesteps, (unet or self.networks.unet).read(context), drawn(pooled), sizes]
 
     def needs_cuda(self) -> None:
         if not self.cuda:
@@ -260,7 +260,10 @@ class Bench:
         for steps in all_steps:
             for batch in batches:
                 request = replace(self.work.request, num_steps=steps)
-                unet = Captured(self.networks.unet) if graphs else self.networks.unet
+                unet = self.networks.unet
+                if graphs:
+                    unet = Captured(unet)
+                    unet.read = self.networks.unet.read  # once a picture: no part of what is captured
                 self.pipeline.networks = replace(self.networks, unet=unet)
 
                 def draw(request: Request = request, batch: int = batch) -> None:
@@ -306,7 +309,7 @@ class Bench:
         """By torch's compiler, on fresh plain networks: it fuses what the kernels do by itself."""
         self.needs_cuda()
         networks = random_weights(self.work, self.dtype, self.device)
-        vae, inputs = networks.vae.to(memory_format=torch.channels_last), self.inputs()
+        vae, inputs = networks.vae.to(memory_format=torch.channels_last), self.inputs(unet=networks.unet)
         for mode in modes:
             with self.report.stage(f"compiled, {mode}"):
                 torch.compiler.reset()

@@ -99,6 +99,7 @@ class Bench:
             return result
 
         pipeline = self.make_load()(self.model, max(STEPS))
+        nothing.read = pipeline.networks.unet.read  # type: ignore[attr-defined]
         idle = Pipeline(pipeline.card, replace(pipeline.networks, unet=nothing), str(pipeline.device), pipeline.dtype)
         engine, (width, height) = Engine(lambda: Runner(OneLoaded(idle))), self.sizes[0]
         for _ in range(20):
