@@ -120,11 +120,13 @@ typedef struct {
 INLINE void prepare(unit *u, long rows) {}
 INLINE void release(unit *u) {}
 
-/* Of so many rows, from the first one on, whose sums the registers hold. */
-INLINE void sum_rows(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
+enum { ROWS = 8 }; /* whose sums the registers hold at a time */
+
+/* Of so many rows, from the first one on; how many, and whether wide, is known to the compiler. */
+INLINE void sum_some(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
                      long first, const int rows, const int wide) {
-    const uint16_t *inputs[8];
-    __m512 sum[8][2];
+    const uint16_t *inputs[ROWS];
+    __m512 sum[ROWS][2];
     sums += first * sums_apart;
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++) {
@@ -159,19 +161,20 @@ INLINE void sum_rows(const operands *o, const uint16_t *x, const uint16_t *weigh
         for (int half = 0; half <= wide; half++) _mm512_storeu_ps(sums + row * sums_apart + half * SIDE, sum[row][half]);
 }
 
+INLINE void sum_rows(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
+                     long first, const int rows, int wide) {
+    if (wide)
+        sum_some(o, x, weight, sums, sums_apart, onto, first, rows, 1);
+    else
+        sum_some(o, x, weight, sums, sums_apart, onto, first, rows, 0);
+}
+
 /* As on tiles. */
 INLINE void sum_block(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
                       long rows, int wide) {
-    for (long first = 0, some; first < rows; first += some) {
-        some = rows - first >= 8 ? 8 : rows - first >= 2 ? 2 : 1;
-        switch (2 * some + wide) {
-        case 17: sum_rows(o, x, weight, sums, sums_apart, onto, first, 8, 1); break;
-        case 16: sum_rows(o, x, weight, sums, sums_apart, onto, first, 8, 0); break;
-        case 5: sum_rows(o, x, weight, sums, sums_apart, onto, first, 2, 1); break;
-        case 4: sum_rows(o, x, weight, sums, sums_apart, onto, first, 2, 0); break;
-        case 3: sum_rows(o, x, weight, sums, sums_apart, onto, first, 1, 1); break;
-        default: sum_rows(o, x, weight, sums, sums_apart, onto, first, 1, 0);
-        }
-    }
+    long row = 0;
+    for (; row + ROWS <= rows; row += ROWS) sum_rows(o, x, weight, sums, sums_apart, onto, row, ROWS, wide);
+    for (; row + 2 <= rows; row += 2) sum_rows(o, x, weight, sums, sums_apart, onto, row, 2, wide);
+    if (row < rows) sum_rows(o, x, weight, sums, sums_apart, onto, row, 1, wide);
 }
 #endif
