@@ -1,7 +1,7 @@
 """Every variant of drawing at SDXL's sizes on one GPU, in under ten minutes: python bench/gpu.py --out results
 
-THIS HAS NOT RUN ON A GPU YET: only its smoke run on a CPU has (--smoke), which shows that it comes to its end, and in
-which whatever needs a GPU is skipped and says so.
+THIS HAS NOT RUN ON A GPU YET: only its smoke run on a CPU has (TRITON_INTERPRET=1, --smoke), which shows that it comes
+to its end, and in which whatever needs a GPU is skipped and says so.
 
 Random weights in half precision. Needs the package with what it depends on, and Triton for the kernels; diffusers is
 measured in the same run where it can be imported. Every result is a line of results.jsonl and of log.txt as soon as it
@@ -369,7 +369,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True, help="the folder for results.jsonl and log.txt")
     arguments.add_argument("--minutes", type=float, default=8.5, help="after which no stage is begun")
-    arguments.add_argument("--smoke", action="store_true", help="a tiny run on the CPU, to see that it ends")
+    arguments.add_argument("--smoke", action="store_true", help="a tiny run on the CPU, with TRITON_INTERPRET=1")
     given = arguments.parse_args()
     if not given.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here: --smoke runs a tiny model on the CPU.")
