@@ -7,8 +7,8 @@ bits depend neither on the queries beside it nor on the threads.
 */
 #include "blocks.h"
 
-enum { KEYS = 256, MOST_WIDE = 512 };        /* keys at a time; numbers of a head: who calls sees to it (compiled.py) */
-enum { TILE = SIDE * DEPTH, FEW = 1 << 17 }; /* numbers of a tile; multiplications: so few are for one thread */
+enum { KEYS = 256, MOST_WIDE = 512 }; /* keys at a time; numbers of a head: who calls sees to it (compiled.py) */
+enum { ALONE = 1 << 17 };             /* multiplications; so few are for one thread */
 
 static const float NONE = -3e38f; /* the score of a key that is not there */
 
@@ -107,7 +107,7 @@ void attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *y
     long room = (keys + DEPTH - 1) / DEPTH * DEPTH, blocks = (queries + BLOCK - 1) / BLOCK;
     uint16_t *turned = scratch, *paired = scratch + rows * heads * room * wide;
     attention a = {q_apart, keys, room, heads, wide, (float)(scale * 1.4426950408889634)};
-#pragma omp parallel num_threads(threads) if (rows * queries * keys * heads * wide > FEW)
+#pragma omp parallel num_threads(threads) if (rows * queries * keys * heads * wide > ALONE)
     {
 #pragma omp for schedule(static)
         for (long i = 0; i < rows * heads * (room / DEPTH); i++) {

@@ -8,14 +8,15 @@ Weights come in tiles: of sixteen outputs and thirty-two inputs [16][16][2], pai
 
 #include "vectors.h"
 
-enum { SIDE = 16, DEPTH = 32, BLOCK = 2 * SIDE }; /* a tile's outputs; the numbers that it sums; a block's positions */
+enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH }; /* a tile's outputs; the numbers that it sums; all of its numbers */
+enum { BLOCK = 2 * SIDE };                           /* a block's positions, and its outputs */
 
 typedef struct {
     long apart, depths; /* numbers from a position to the next; thirty-twos of numbers that are summed */
     long next, step;    /* numbers from a tile to that of the next sixteen outputs, of the next thirty-two inputs */
     long taps, kernel;  /* of a convolution, three on each line; numbers from a tap's tiles to the next one's */
     long aside, below;  /* numbers from what a tap sees to what the next one does, on its line and on the next line */
-    const long *places; /* numbers from x to each position; or nothing: they are one after the other */
+    const long *places; /* numbers from x to each position; or nothing: they are so far apart, from x on */
 } operands;
 
 /* Numbers from a position to what a tap sees of it. */
@@ -39,7 +40,7 @@ INLINE void store(floats x, uint16_t *to) {
 }
 
 #ifdef __AMX_BF16__
-enum { EVENLY = 1 }; /* a block's positions are equally far apart: there are no places */
+enum { EVENLY = 1 }; /* a block's positions must be equally far apart, also where they have places */
 
 typedef struct {
     int first, second; /* positions that tiles are configured for, of the first and of the second sixteen */
@@ -105,6 +106,7 @@ INLINE void sum_tiles(const operands *o, const uint16_t *x, const uint16_t *weig
 there. Of so many rows, as the unit is prepared for; of the first sixteen outputs alone where not wide. */
 INLINE void sum_block(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
                       long rows, int wide) {
+    if (o->places) x += o->places[0];
     if (rows > SIDE && wide) /* almost always: known to the compiler, so that nothing is asked between products */
         sum_tiles(o, x, weight, sums, sums_apart, onto, 1, 1);
     else

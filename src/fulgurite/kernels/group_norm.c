@@ -12,8 +12,6 @@ threads would fight torch's for the cores.
 
 #include "vectors.h"
 
-enum { ALONE = 16384 }; /* numbers; a picture of so few is for one thread */
-
 /* Of x's first numbers at most a pair of vectors; where there are fewer, the pair's own are left. */
 INLINE words loaded(const uint16_t *x, long count, words pair) {
     if (count >= PAIR)
@@ -77,7 +75,7 @@ void group_norm(const uint16_t *x, uint16_t *y, const float *weight, const float
     double(*sums)[2] = (void *)scratch; /* of groups, in each part */
     float(*found)[2] = (void *)(sums + rows * groups * parts); /* scale and shift of channels */
 
-#pragma omp parallel num_threads(threads) if (rows * pixels * channels > ALONE)
+#pragma omp parallel num_threads(threads) if (rows * pixels * channels > FEW)
     {
         floats from[span / LANES], plain[span / LANES], squared[span / LANES];
         floats scale[span / LANES], shift[span / LANES];

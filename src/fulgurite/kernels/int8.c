@@ -5,7 +5,7 @@ In torch it is a dozen of them, a quarter of the time. A token's bits do not dep
 */
 #include "vectors.h"
 
-enum { MOST = 127, ZERO = 128, FEW = 16384 }; /* of 8 bits, either way; what stands for 0; numbers for one thread */
+enum { MOST = 127, ZERO = 128 }; /* of 8 bits, either way; what stands for 0 */
 
 /* The largest of a token's numbers, whatever its sign: bfloat16 without its sign is ordered as whole numbers are. */
 EACH float size_of(const uint16_t *x, long inner) {

@@ -5,8 +5,6 @@ Layer normalization (Ba et al., arXiv 1607.06450) of tokens in bfloat16, each re
 
 #include "vectors.h"
 
-enum { FEW = 16384 }; /* numbers; so few are for one thread */
-
 INLINE double added(floats x) {
     double sum = 0;
     for (long i = 0; i < LANES; i++) sum += x[i];

@@ -11,6 +11,7 @@ equally far apart in memory, as a linear layer's are: what comes out at position
 #include "blocks.h"
 
 enum { ALONE = 1 << 20 }; /* multiplications; so few are for one thread */
+enum { NOWHERE = -1 };    /* goes what comes out between lines */
 
 typedef struct {
     const uint16_t *x, *weight; /* weight: [outer / 16][taps][inner / 32][16][16][2], pairs of inner innermost */
@@ -35,26 +36,28 @@ INLINE void put_out(const product *p, const float *sums, const float *bias, long
 static void multiply(const product *p) {
     long counted = EVENLY ? p->spread : p->across, positions = (p->lines - 1) * counted + p->across;
     long blocks = (positions + BLOCK - 1) / BLOCK, columns = (p->outer + BLOCK - 1) / BLOCK;
-    long further = p->stride * p->inner, places[BLOCK];
+    long further = p->stride * p->inner, places[BLOCK], outputs[BLOCK]; /* where a block's are */
     float sums[BLOCK][BLOCK] __attribute__((aligned(64)));
-    operands o = {.apart = further, .depths = p->inner / DEPTH, .next = SIDE * p->taps * p->inner, .step = SIDE * DEPTH};
-    o.taps = p->taps, o.kernel = SIDE * p->inner, o.aside = p->inner, o.below = p->spread * p->inner;
-    if (!EVENLY) o.places = places;
+    operands o = {.apart = further, .depths = p->inner / DEPTH, .next = p->taps * SIDE * p->inner, .step = TILE};
+    o.taps = p->taps, o.kernel = SIDE * p->inner, o.aside = p->inner, o.below = p->spread * p->inner, o.places = places;
     unit u = {};
 #pragma omp for schedule(static)
     for (long job = 0; job < p->pictures * blocks * columns; job++) {
         long column = job % columns * BLOCK, start = job / columns % blocks * BLOCK, picture = job / columns / blocks;
         long left = positions - start < BLOCK ? positions - start : BLOCK;
         int wide = column + SIDE < p->outer;
-        const uint16_t *x = p->x + picture * p->apart * p->inner;
-        for (long row = 0; row < left && !EVENLY; row++)
-            places[row] = ((start + row) / counted * p->spread + (start + row) % counted) * further;
-        prepare(&u, left);
-        sum_block(&o, EVENLY ? x + start * further : x, p->weight + column * p->taps * p->inner, sums[0], BLOCK, 0, left, wide);
+        long line = start / counted, place = start % counted;
         for (long row = 0; row < left; row++) {
-            long line = (start + row) / counted, place = (start + row) % counted;
-            if (place >= p->across) continue;
-            long at = ((picture * p->lines + line) * p->across + place) * p->outer + column;
+            places[row] = (line * p->spread + place) * further;
+            outputs[row] = place < p->across ? (line * p->across + place) * p->outer : NOWHERE;
+            if (++place == counted) place = 0, line++;
+        }
+        prepare(&u, left);
+        const uint16_t *x = p->x + picture * p->apart * p->inner, *weight = p->weight + p->taps * column * p->inner;
+        sum_block(&o, x, weight, sums[0], BLOCK, 0, left, wide);
+        for (long row = 0; row < left; row++) {
+            if (outputs[row] == NOWHERE) continue;
+            long at = picture * p->lines * p->across * p->outer + outputs[row] + column;
             put_out(p, sums[row], p->bias + column, at);
             if (wide) put_out(p, sums[row] + SIDE, p->bias + column + SIDE, at + SIDE);
         }

@@ -3,6 +3,7 @@
 #include <string.h>
 
 enum { LANES = 16, PAIR = 2 * LANES };
+enum { FEW = 1 << 14 }; /* numbers; to go through so few is for one thread */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
