@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ SCORES = 1 << 21  # of attention at a time: in half precision 4 MB, which stay i
 VECTOR = 32  # numbers in half precision, in AVX-512
 FEW_SCORES = 1 << 14  # a head, up to which torch's own attention is quicker
 NARROW, SMALL = 12, 1024  # channels a group and pixels, below which a norm is quicker of planes
+PLANES = torch.contiguous_format
 
 
 MALLOPT_ARENA_MAX, MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -8, -1, -3  # glibc's malloc.h
@@ -213,24 +215,46 @@ class ProductAttention(DotProductAttention):
         return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def in_quick_order(x: Tensor, groups: int) -> Tensor:
-    """Pictures ``[B, C, h, w]`` with their channels last or as planes, whichever is normalized sooner.
+class Reordered(torch.autograd.Function):
+    """Pictures in one memory format to the same in another, and on the way back their gradients to the first again.
 
-    Of small pictures it is planes for narrow groups: within a pixel those have but a few channels to go through at a
-    time, and torch takes ten times as long. Large ones it goes through in another way.
+    Torch lets gradients be in whatever format they come: layers whose two inputs then differ in it take four times
+    as long.
     """
-    narrow, small = x.shape[1] < NARROW * groups, x.shape[2] * x.shape[3] < SMALL
-    return x.contiguous() if narrow and small else x
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: torch.memory_format, back: torch.memory_format) -> Tensor:
+        ctx.back = back
+        return x.contiguous(memory_format=there)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].contiguous(memory_format=ctx.back), None, None
+
+
+def quicker_of_planes(x: Tensor, groups: int) -> bool:
+    """Whether pictures ``[B, C, h, w]`` with their channels last are normalized sooner as planes.
+
+    Small ones are where groups are narrow: within a pixel those have but a few channels to go through at a time, and
+    torch takes ten times as long. Large ones it goes through in another way.
+    """
+    return x.shape[1] < NARROW * groups and x.shape[2] * x.shape[3] < SMALL
 
 
 class QuickGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_quick_order(x, self.num_groups))
+        if quicker_of_planes(x, self.num_groups):
+            x = Reordered.apply(x, PLANES, torch.channels_last)
+        return super().forward(x)
 
 
 class QuickGroupNormSiLU(GroupNormSiLU):
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(nn.GroupNorm.forward(self, in_quick_order(x, self.num_groups)), inplace=True)
+        of_planes = quicker_of_planes(x, self.num_groups)
+        if of_planes:
+            x = Reordered.apply(x, PLANES, torch.channels_last)
+        x = F.silu(nn.GroupNorm.forward(self, x), inplace=True)
+        return Reordered.apply(x, torch.channels_last, PLANES) if of_planes else x
 
 
 class CompiledGroupNorm(nn.Module):
