@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SPARK, needs_weights
+from conftest import LIGHTNING, SPARK, FakeEngine, needs_weights
 from PIL import Image
 from typer.testing import CliRunner
 
 from fulgurite import Pipeline, pipeline, threads
 from fulgurite.cli import app
+from fulgurite.cli_serve import warm_up
+from fulgurite.settings import read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +134,20 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "write_bytes", full)
     result = run("generate", "fox", "--steps", "1")
     assert (result.exit_code, result.stderr) == (1, "Error: Cannot write output.png: No space left on device.\n")
+
+
+def test_a_server_is_warm_before_it_answers(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = read_settings(warm=(f"{LIGHTNING}:4", SPARK), demo=True)
+    warm_up(engine, settings)
+    assert [(model, request.num_steps) for model, request in engine.jobs] == [(f"{SPARK}-lightning", 4), (SPARK, 20)]
+    assert [line.split(" is warm")[0] for line in capsys.readouterr().err.splitlines()] == [f"{SPARK}-lightning", SPARK]
+
+
+def test_a_server_that_cannot_be_warm_says_why() -> None:
+    result = run("serve", "--port", "0", "--warm", f"{LIGHTNING}:2")
+    assert result.exit_code == 1
+    assert f"Error: The 2-step weights of {LIGHTNING} are not on this machine" in result.stderr
+    assert "answers at" not in result.stderr
 
 
 def test_bad_settings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,10 @@ def serve(
     cards: Annotated[Path | None, typer.Option(help="A folder with the cards of models of your own.")] = None,
     fast_decoder: Annotated[
         list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
+    ] = None,
+    warm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL[:STEPS]", help="Draws a picture before the server answers; may be repeated."),
     ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
@@ -69,20 +74,22 @@ def serve(
     logging.getLogger("fulgurite").setLevel(logging.INFO)
     app = create_app(engine, ledger, settings)
     server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
-    say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
-    if settings.demo:
-        for asked in DEMO:
-            say(demo_notice(asked))
-    # What is here now stays: collecting garbage need not walk through all of torch again and again.
-    gc.collect()
-    gc.freeze()
     # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        warm_up(engine, settings)
+        say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
+        if settings.demo:
+            for asked in DEMO:
+                say(demo_notice(asked))
+        # What is here now stays: collecting garbage need not walk through all of torch again and again.
+        gc.collect()
+        gc.freeze()
         server.run([listener])
     except KeyboardInterrupt:
         pass
     finally:
+        listener.close()
         engine.close(server.seconds_left())  # by now nobody waits for what it still draws
         ledger.close()
 
@@ -97,6 +104,23 @@ def admit(settings: "Settings", ledger: "Ledger") -> None:
     if not any(key.state() == "active" for key in ledger.keys.all()):
         _, secret = ledger.keys.create("first")
         say(f"Your API key, shown this once: {secret}")
+
+
+def warm_up(engine: "Engine", settings: "Settings") -> None:
+    """Draws a picture by each checkpoint that is to be ready when the first request comes.
+
+    So its weights are loaded and laid out, and kernels compiled for the API's usual size. Raises FulguriteError.
+    """
+    from fulgurite.request import Request
+    from fulgurite.server import DEMO
+
+    for wanted in settings.warm:
+        model, _, steps = wanted.partition(":")
+        request = Request("warm-up", num_steps=int(steps or Request.num_steps))
+        started = time.monotonic()
+        picture = engine.submit(DEMO.get(model, model) if settings.demo else model, request).result()
+        seconds = time.monotonic() - started
+        say(f"{picture.model} is warm: loading it and a picture of {picture.steps} steps took {seconds:.1f} s.")
 
 
 def engine_for(settings: "Settings") -> "Engine":

@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     cards: Path | None = None  # a folder with the cards of your own models; docs/training.md
     models: Annotated[tuple[str, ...], NoDecode] = ()  # ids served, separated by commas; none: all there are
     fast_decoder: Annotated[tuple[str, ...], NoDecode] = ()  # ids whose fast decoder is used unless a request says not
+    warm: Annotated[tuple[str, ...], NoDecode] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers
     demo: bool = False  # the embedded model answers for SDXL-Lightning
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # docs/engine.md
@@ -70,10 +71,19 @@ class Settings(BaseSettings):
     ) -> Any:
         return init_settings, env_settings, InitSettingsSource(settings_cls, in_file())
 
-    @field_validator("models", "fast_decoder", mode="before")
+    @field_validator("models", "fast_decoder", "warm", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("warm")
+    @classmethod
+    def _whole(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            _, colon, steps = one.partition(":")
+            if colon and not (steps.isdecimal() and 1 <= int(steps) <= 20):
+                raise ValueError(f"{one!r}: after the colon stands the most steps to spend, 1 to 20")
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -105,7 +115,7 @@ def read_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        raise FulguriteError(f"{origin(name, given)}: {first['msg']}.") from None
+        raise FulguriteError(f"{origin(name, given)}: {first['msg'].removeprefix('Value error, ')}.") from None
     settings._flags = frozenset(given)
     return settings
 
