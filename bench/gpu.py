@@ -30,6 +30,7 @@ from fulgurite import Pipeline, Request
 from fulgurite.benchmark import Laps, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
 from fulgurite.kernels.fused import fuse
+from fulgurite.kernels.graphs import Graph, GraphedUNet
 from fulgurite.models import UNet, UNetConfig, VAEConfig
 from fulgurite.models.layers import GroupNormSiLU
 from fulgurite.pipeline import smallest_batch
@@ -84,34 +85,6 @@ class Report:
 
 class Skip(Exception):
     """There is nothing to measure here."""
-
-
-class Captured:
-    """A function of tensors as a CUDA graph, captured at the first call; later calls have tensors of the same shapes.
-
-    What it gives is overwritten by the next call.
-    """
-
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        self._call, self._graph = call, torch.cuda.CUDAGraph()
-        self._inputs: list[Tensor] = []
-
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
-        given = [tensor for tensor in inputs if tensor is not None]
-        if not self._inputs:
-            self._inputs = [tensor.clone() for tensor in given]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries choose their kernels and their memory before it is captured
-                for _ in range(3):
-                    self._call(*self._inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
-                self._output = self._call(*self._inputs)
-        for mine, theirs in zip(self._inputs, given, strict=True):
-            mine.copy_(theirs)
-        self._graph.replay()
-        return self._output
 
 
 class Bench:
@@ -248,7 +221,7 @@ class Bench:
         self.needs_cuda()
         for batch in self.batches:
             inputs = self.inputs(batch)
-            step, decode = Captured(self.networks.unet), Captured(self.networks.vae.decode)
+            step, decode = GraphedUNet(self.networks.unet), Graph(self.networks.vae.decode, inputs[:1])
             self.same(f"step, graph, batch {batch}", step(*inputs), self.networks.unet(*inputs))
             self.time(f"step, graph, batch {batch}", lambda: step(*inputs), "step", batch)  # noqa: B023
             self.time(f"decode, graph, batch {batch}", lambda: decode(inputs[0]), "decode", batch)  # noqa: B023
@@ -260,10 +233,7 @@ class Bench:
         for steps in all_steps:
             for batch in batches:
                 request = replace(self.work.request, num_steps=steps)
-                unet = self.networks.unet
-                if graphs:
-                    unet = Captured(unet)
-                    unet.read = self.networks.unet.read  # once a picture: no part of what is captured
+                unet = GraphedUNet(self.networks.unet) if graphs else self.networks.unet
                 self.pipeline.networks = replace(self.networks, unet=unet)
 
                 def draw(request: Request = request, batch: int = batch) -> None:

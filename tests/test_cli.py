@@ -203,13 +203,14 @@ def test_arguments_that_are_no_utf_8_are_one_line() -> None:
     assert result.stderr.startswith(b"Error: prompt: ")
 
 
-def test_kernels_for_a_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["FULGURITE_TRITON_KERNELS", "FULGURITE_CUDA_GRAPHS"])
+def test_what_needs_a_gpu_is_refused_without_one(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULGURITE_DEVICE", "cpu")
-    monkeypatch.setenv("FULGURITE_TRITON_KERNELS", "true")
+    monkeypatch.setenv(setting, "true")
     for command in (["generate", "a red fox"], ["serve", "--port", "0"], ["bench"]):
         result = run(*command)
         assert result.exit_code == 1
-        assert "FULGURITE_TRITON_KERNELS" in result.stderr
+        assert setting in result.stderr
         assert "'cpu'" in result.stderr
 
 

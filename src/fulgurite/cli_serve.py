@@ -40,6 +40,9 @@ def serve(
     triton_kernels: Annotated[
         bool | None, typer.Option("--triton-kernels", help="Hand-written kernels on a GPU; not yet measured on any.")
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None, typer.Option("--cuda-graphs", help="A step's kernels launched at once; not yet measured on a GPU.")
+    ] = None,
     exact: Annotated[
         bool | None, typer.Option(help="A picture is the same to the bit whoever shares its batch.")
     ] = None,

@@ -12,6 +12,7 @@ import torch
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
+from fulgurite.kernels.graphs import GraphedUNet
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
@@ -28,11 +29,13 @@ def usable_device(name: str) -> str:
     return device
 
 
-def usable_kernels(wanted: bool, device: str) -> bool:
-    """Whether networks are to run on Triton's kernels: if that is wanted. Raises SettingError where they cannot."""
-    if wanted and not (device.startswith("cuda") and find_spec("triton")):
+def check_gpu_settings(settings: Settings, device: str) -> None:
+    """Raises SettingError where something is wanted that this device does not have."""
+    cuda = device.startswith("cuda")
+    if settings.triton_kernels and not (cuda and find_spec("triton")):
         raise SettingError("triton_kernels", f"they need an NVIDIA GPU and Triton; the device is {device!r}.")
-    return wanted
+    if settings.cuda_graphs and not cuda:
+        raise SettingError("cuda_graphs", f"they need an NVIDIA GPU; the device is {device!r}.")
 
 
 def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
@@ -60,9 +63,15 @@ class Loader:
     """
 
     def __init__(
-        self, device: str, most_bytes: int | None = None, *, precision: str = "auto", triton_kernels: bool = False
+        self,
+        device: str,
+        most_bytes: int | None = None,
+        *,
+        precision: str = "auto",
+        triton_kernels: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
-        self.device, self._triton_kernels = device, triton_kernels
+        self.device, self._triton_kernels, self._cuda_graphs = device, triton_kernels, cuda_graphs
         self.dtype, self._int8 = usable_precision(precision, device)
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
         self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
@@ -76,13 +85,15 @@ class Loader:
         """
         try:
             device = usable_device(settings.device)
+            check_gpu_settings(settings, device)
             if device == "cpu":
                 cpu.keep_memory()
             return cls(
                 device,
                 int(settings.unet_gb * 1e9) if settings.unet_gb else None,
                 precision=settings.precision,
-                triton_kernels=usable_kernels(settings.triton_kernels, device),
+                triton_kernels=settings.triton_kernels,
+                cuda_graphs=settings.cuda_graphs,
             )
         except SettingError as error:
             raise FulguriteError(f"{settings.origin(error.setting)}: {error.why}") from None
@@ -111,6 +122,9 @@ class Loader:
 
                 for network in (pipeline.networks.unet, pipeline.networks.vae):
                     cuda.accelerate(network)
+            if self._cuda_graphs:
+                unet = GraphedUNet(pipeline.networks.unet)
+                pipeline.networks = replace(pipeline.networks, unet=unet)  # type: ignore[arg-type]
             self._loaded[name] = pipeline
             self._make_room_for_base()
             if self.device == "cpu":

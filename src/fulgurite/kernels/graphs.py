@@ -1,0 +1,82 @@
+"""A network's evaluations as CUDA graphs: all of a step's kernels launched at once, none waits for Python.
+
+It has run in a simulation of graphs on a CPU (tests/test_graphs.py), and on no GPU yet: whoever wants it says so (the
+setting ``cuda_graphs``), and bench/gpu.py measures it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.models import AttentionGuidance, UNet
+
+MOST = 32  # graphs of a network: of each number of rows and size, guided and not
+REHEARSALS = 3  # of a call before it is captured
+
+
+class Graph:
+    """A function of tensors as it was at one call: shapes, and whatever is no tensor, are part of it."""
+
+    def __init__(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any = None) -> None:
+        """``pool``: torch's handle of memory, which graphs share that never run at once."""
+        self._graph, self._inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+        # Libraries choose their kernels, and kernels are compiled, before the capture: in it they could not be.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(REHEARSALS):
+                call(*self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        # What other threads do meanwhile, such as drawing a preview, is no part of it and does not end it.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._output = call(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function of other tensors of these shapes; the output is the caller's own."""
+        for mine, theirs in zip(self._inputs, inputs, strict=True):
+            mine.copy_(theirs)
+        self._graph.replay()
+        return self._output.clone()
+
+
+class GraphedUNet(nn.Module):
+    """A UNet that draws with graphs: each is captured when rows of its number, size and guidance first come.
+
+    It runs the kernels that the network runs at such a call, so a row's bits stay what they are.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet, self.read = unet, unet.read
+        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        sizes: Tensor,
+        guidance: AttentionGuidance | None = None,
+    ) -> Tensor:
+        """The network's own ``forward``."""
+        inputs = [x, timestep, context, pooled, sizes]
+        tau = guidance.tau if guidance else None
+        if guidance:
+            inputs += [guidance.context, guidance.strength]
+
+        def call(*inputs: Tensor) -> Tensor:
+            *told, avoided, strength = inputs
+            return self.unet(*told, AttentionGuidance(avoided, strength, tau)) if tau else self.unet(*inputs)
+
+        key = tau, *(tensor.shape for tensor in inputs)
+        if key not in self._graphs:
+            if len(self._graphs) == MOST:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = Graph(call, inputs, self._pool)
+        self._graphs.move_to_end(key)
+        return self._graphs[key](*inputs)
