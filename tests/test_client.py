@@ -119,6 +119,12 @@ def test_what_passes_is_tried_again_under_one_key(draw: Callable[..., client.Dra
             1,
             "No credit",
         ),
+        (
+            lambda: httpx.Response(503, json={"error": {"code": "not_pulled", "message": "Pull it."}}),
+            1,
+            "Pull it",
+        ),
+        (lambda: httpx.Response(503, json={"error": {"code": ["odd"], "message": "Odd."}}), 5, "Odd"),
         (lambda: httpx.Response(404, text="<html>"), 1, "http://host/api/v1 answered 404 Not Found"),
         (lambda: httpx.Response(502, text="<html>"), 5, "answered 502 Bad Gateway"),
         (lambda: httpx.Response(500, json=["odd"]), 5, "answered 500"),

@@ -24,7 +24,8 @@ from PIL import Image
 from fulgurite.errors import FulguriteError
 
 LIGHTNING = "bytedance/stable-diffusion-xl-lightning"
-PASSING = {429, 500, 502, 503, 504}  # what may go well a moment later
+PASSING = {0, 429, 500, 502, 503, 504}  # what may go well a moment later; 0: the server was not reached
+LASTING = {"not_pulled", "weights_unusable", "out_of_memory"}  # codes of what goes well only once somebody acts
 EVENTS = "text/event-stream"
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
 
@@ -103,14 +104,16 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
     extensions = {}
     if on_step := data.pop("on_step", None):
         headers["Accept"], extensions["on_step"] = EVENTS, on_step
-    for tries in range(retries + 1):
+    tries = 0
+    while True:
         came = yield httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
         if isinstance(came, httpx.Response) and came.is_success:
             return drawn(came)
-        if tries == retries or (isinstance(came, httpx.Response) and came.status_code not in PASSING):
-            break
+        failed = failure(came, url)
+        if tries >= retries or failed.status not in PASSING or failed.code in LASTING:
+            raise failed
         yield pause(came, tries)
-    raise failure(came, url)
+        tries += 1
 
 
 def pause(came: httpx.Response | httpx.TransportError | None, tries: int) -> float:
@@ -124,7 +127,7 @@ def failure(came: httpx.Response | httpx.TransportError | None, url: str) -> API
         return APIError(f"{url} cannot be reached: {str(came) or type(came).__name__}.")
     try:
         error = came.json()["error"]
-        message, code, param = error["message"], error["code"], error.get("param")
+        message, code, param = error["message"], str(error["code"]), error.get("param")
     except (ValueError, LookupError, TypeError):  # not from one of ours: a proxy's page, say
         message, code, param = f"{url} answered {came.status_code} {came.reason_phrase}.", "http_error", None
     return APIError(message, came.status_code, code, param, came.headers.get("x-request-id", ""))

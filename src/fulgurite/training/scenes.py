@@ -66,6 +66,8 @@ def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (
     styles = list(first.sprites)
     style = rng.choices(styles, [STYLE_WEIGHTS.get(s, 1.0) for s in styles])[0]
     things = [first]
+    if not any(style in other.sprites for other in sprites.things if other is not first):
+        count = 1
     while len(things) < count:
         other = rng.choices(sprites.things, weights)[0]
         if style in other.sprites and other is not first:
