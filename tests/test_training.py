@@ -88,6 +88,11 @@ def test_a_rendered_scene_has_its_background_and_its_things(sprites: Sprites) ->
                 assert abs(picture[y, x].astype(int) - expected).max() <= 2
 
 
+def test_where_there_is_one_thing_scenes_hold_one(sprites: Sprites) -> None:
+    alone = replace(sprites, things=sprites.things[:1])
+    assert all(len(random_scene(random.Random(number), alone).things) == 1 for number in range(50))
+
+
 @pytest.mark.parametrize("colour", HUES)
 def test_turning_hues_gives_the_colour_asked_for(sprites: Sprites, colour: str) -> None:
     from PIL import Image
