@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fulgurite import Pipeline, Request
 from fulgurite.benchmark import Laps, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
+from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import Graph, GraphedUNet
 from fulgurite.models import UNet, UNetConfig, VAEConfig
@@ -127,16 +128,16 @@ class Bench:
 
     def inputs(self, batch: int = 1, unet: UNet | None = None) -> list[Tensor]:
         """Random arguments of the UNet, or of another one, of so many rows."""
-        config, numbers = self.work.card.unet, torch.Generator().manual_seed(0)
+        config, numbers, unet = self.work.card.unet, torch.Generator().manual_seed(0), unet or self.networks.unet
 
         def drawn(*shape: int) -> Tensor:
-            return torch.randn(batch, *shape, generator=numbers).to(self.device, self.dtype)
+            return torch.randn(batch, *shape, generator=numbers).to(unet.conv_in.weight)
 
         length = self.work.card.text_encoders[0].max_position_embeddings
         timesteps = torch.randint(TRAIN_STEPS, (batch,), generator=numbers).to(self.device)
         sizes = torch.full((batch, 6), float(self.work.request.width), device=self.device)
         x, context, pooled = drawn(*self.to.latent_shape), drawn(length, config.cross_attention_dim), config.pooled_dim
-        return [x, timesteps, (unet or self.networks.unet).read(context), drawn(pooled), sizes]
+        return [x, timesteps, unet.read(context), drawn(pooled), sizes]
 
     def needs_cuda(self) -> None:
         if not self.cuda:
@@ -290,6 +291,23 @@ class Bench:
                 self.time(f"step, compiled, {mode}", lambda: step(*inputs), "step")  # noqa: B023
                 self.time(f"decode, compiled, {mode}", lambda: decode(inputs[0]), "decode")  # noqa: B023
 
+    def float8(self) -> None:
+        """The step's large linear layers in 8 bits, the rest in bfloat16, beside all in bfloat16; on the kernels."""
+        from fulgurite.kernels import cuda
+
+        unet = random_weights(self.work, torch.bfloat16, self.device).unet
+        fuse(unet)
+        cuda.accelerate(unet)
+        inputs = self.inputs(unet=unet)
+        wanted = unet(*inputs)
+        self.time("step, Triton, bfloat16", lambda: unet(*inputs), "step")
+        float8.accelerate(unet)
+        self.report.row("float8, relative error of the step", step=relative_error(unet(*inputs), wanted))
+        self.time("step, Triton, float8", lambda: unet(*inputs), "step")
+        self.needs_cuda()
+        graphed = GraphedUNet(unet)
+        self.time("step, graph, float8", lambda: graphed(*inputs), "step")
+
     def diffusers(self) -> None:
         """The same networks in diffusers, as its users run them and compiled."""
         try:
@@ -363,6 +381,7 @@ def main() -> None:
                 "pictures, graphs",
                 lambda: bench.pictures("Triton and graphs", graphs=True, batches=bench.batches, all_steps=bench.steps),
             ),
+            ("float8", bench.float8),
             ("overlap", bench.overlap),
             ("attention", bench.attention),
             ("compiled", lambda: bench.compiled("default", "reduce-overhead")),

@@ -132,7 +132,7 @@ def test_a_lora_checkpoint_that_went_comes_back_without_reading_its_base(monkeyp
         return unmerged(path, *rest)
 
     monkeypatch.setattr(load, "unet_tensors", noted)
-    monkeypatch.setattr(Pipeline, "accelerate", lambda pipeline, int8: None)  # after which weights cannot be looked at
+    monkeypatch.setattr(Pipeline, "accelerate", lambda *_: None)  # after which weights cannot be looked at
     loader = Loader("cpu", most_bytes=1)  # nothing stays but what is in use
     before = weights_of(loader(SPARK_LIGHTNING, 4).networks.unet)
     other = weights_of(loader(SPARK_LIGHTNING, 1).networks.unet)
@@ -178,10 +178,20 @@ def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None
     assert bias.dtype == (usual_dtype("cpu") if precision == "int8" else getattr(torch, precision))
 
 
-@pytest.mark.parametrize(("precision", "device"), [("int8", "cuda"), ("int8", "mps"), ("float16", "cpu")])
+@pytest.mark.parametrize(
+    ("precision", "device"), [("int8", "cuda"), ("int8", "mps"), ("float16", "cpu"), ("float8", "cpu")]
+)
 def test_a_precision_that_the_device_lacks_is_an_error_that_names_both(precision: str, device: str) -> None:
     with pytest.raises(FulguriteError, match=f"precision: {precision} needs a .PU"):
         usable_precision(precision, device)
+
+
+def test_a_gpu_is_asked_whether_it_multiplies_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert usable_precision("float8", "cuda:1") == (torch.bfloat16, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(FulguriteError, match="float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and this one is"):
+        usable_precision("float8", "cuda")
 
 
 def test_a_processor_without_instructions_for_int8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,13 @@ class Way(Protocol):
 
 
 class Ours:
-    def __init__(self, work: Work, int8: bool = False, **changes: Any) -> None:
-        """With ``changes`` to the work's request; ``int8``: large layers of the UNet and the decoder in 8 bits."""
+    def __init__(self, work: Work, eight_bits: bool = False, **changes: Any) -> None:
+        """With ``changes`` to the work's request; ``eight_bits``: large layers of UNet and decoder are in 8 bits."""
         cpu.keep_memory()  # as `fulgurite serve` does, and
         compiled.keep_apart()
         dtype = usual_dtype("cpu")
         self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
-        self._pipeline.accelerate(int8)
+        self._pipeline.accelerate(eight_bits)
         cpu.give_back_memory()
         self._request = replace(work.request, **changes)
 
@@ -54,9 +54,9 @@ def openvino(work: Work) -> Way:
 
 WAYS: dict[str, Callable[[Work], Way]] = {
     "ours": Ours,
-    "ours-int8": partial(Ours, int8=True),
+    "ours-int8": partial(Ours, eight_bits=True),
     "ours-fast-decoder": partial(Ours, decoder="fast"),
-    "ours-int8-fast-decoder": partial(Ours, int8=True, decoder="fast"),
+    "ours-int8-fast-decoder": partial(Ours, eight_bits=True, decoder="fast"),
     "diffusers-float32": diffusers(torch.float32),
     "diffusers-bfloat16": diffusers(torch.bfloat16, channels_last=True),
     "diffusers-compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),

@@ -35,7 +35,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 (GPU), int8 (CPU: quicker, less exact); else auto.")
+        str | None, typer.Option(help="float32, bfloat16, float16 (GPU); inexact: int8 (CPU), float8 (GPU); else auto.")
     ] = None,
     triton_kernels: Annotated[
         bool | None, typer.Option("--triton-kernels", help="Hand-written kernels on a GPU; not yet measured on any.")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import NotFiniteError, NotPulledError, WeightsError
-from fulgurite.kernels import cpu
-from fulgurite.kernels import int8 as int8_layers
+from fulgurite.kernels import cpu, float8, int8
 from fulgurite.kernels.fused import fuse
 from fulgurite.models import AttentionGuidance
 from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
@@ -77,32 +76,35 @@ class Pipeline:
         steps: int = 20,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
-        int8: bool = False,
+        eight_bits: bool = False,
         like: Networks | None = None,
     ) -> "Pipeline":
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``.
 
-        Without a ``dtype`` it is the device's usual one. With ``int8``, on a CPU, large layers of the UNet and the
-        decoder are in 8 bits, which is quicker and less exact. The text encoders and the VAE of ``like``, another
-        checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
+        Without a ``dtype`` it is the device's usual one. With ``eight_bits`` large layers are, which is less exact: on
+        a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. The text encoders and
+        the VAE of ``like``, another checkpoint of the same model, are used again. Raises UnknownModelError,
+        NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device)
         networks = load_networks(of_model, of_model.steps_for(steps), device, dtype, like)
         pipeline = cls(of_model, networks, device, dtype)
-        pipeline.accelerate(int8)
+        pipeline.accelerate(eight_bits)
         return pipeline
 
-    def accelerate(self, int8: bool = False) -> None:
+    def accelerate(self, eight_bits: bool = False) -> None:
         """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
         networks = self.networks
         fuse(networks.unet)
         if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
-            if int8:
-                int8_layers.accelerate(networks.unet)
-                int8_layers.accelerate(networks.vae.decoder)
+            if eight_bits:
+                int8.accelerate(networks.unet)
+                int8.accelerate(networks.vae.decoder)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)
+        elif eight_bits:
+            float8.accelerate(networks.unet)
 
     def __call__(self, prompt: str, *, on_step: OnStep | None = None, **parameters: Any) -> Picture:
         """Draws one picture; ``parameters`` are those of Request."""

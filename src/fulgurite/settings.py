@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     warm: Annotated[tuple[str, ...], NoDecode] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers
     demo: bool = False  # the embedded model answers for SDXL-Lightning
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"  # docs/engine.md
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # docs/engine.md
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
     hang_seconds: float = Field(600, gt=0)  # that one step may take before the device is taken for dead

@@ -17,6 +17,8 @@ from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
 
+FLOAT8 = 8, 9  # the compute capability from which GPUs multiply such numbers: Ada's
+
 
 def usable_device(name: str) -> str:
     """The device that a setting names, "auto" a GPU where there is one. Raises SettingError."""
@@ -39,13 +41,22 @@ def check_gpu_settings(settings: Settings, device: str) -> None:
 
 
 def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
-    """The numbers that a setting names, and whether large layers are in int8. Raises SettingError."""
+    """The numbers that a setting names, and whether large layers are in 8 bits. Raises SettingError."""
     if name == "int8" and not (device == "cpu" and torch.cpu._is_vnni_supported()):
         found = "this one has none" if device == "cpu" else f"the device is {device!r}"
         raise SettingError("precision", f"int8 needs a CPU with AVX-512 VNNI, and {found}.")
+    if name == "float8" and not (device.startswith("cuda") and torch.cuda.get_device_capability(device) >= FLOAT8):
+        found = "this one is older" if device.startswith("cuda") else f"the device is {device!r}"
+        raise SettingError("precision", f"float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and {found}.")
     if name == "float16" and device == "cpu":
         raise SettingError("precision", "float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
-    return usual_dtype(device) if name in ("auto", "int8") else getattr(torch, name), name == "int8"
+    match name:
+        case "auto" | "int8":
+            return usual_dtype(device), name == "int8"
+        case "float8":
+            return torch.bfloat16, True  # its products give no float16
+        case _:
+            return getattr(torch, name), False
 
 
 def checkpoint(of_model: Card, steps: int) -> int:
@@ -72,7 +83,8 @@ class Loader:
         cuda_graphs: bool = False,
     ) -> None:
         self.device, self._triton_kernels, self._cuda_graphs = device, triton_kernels, cuda_graphs
-        self.dtype, self._int8 = usable_precision(precision, device)
+        self.dtype, self._eight_bits = usable_precision(precision, device)
+        self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
         self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
         self._seconds: dict[str, float] = {}  # that a model's checkpoint last took
@@ -101,7 +113,7 @@ class Loader:
     @property
     def precision(self) -> str:
         """The one in force: what "auto" has come to."""
-        return "int8" if self._int8 else str(self.dtype).removeprefix("torch.")
+        return self._asked if self._eight_bits else str(self.dtype).removeprefix("torch.")
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         of_model = card(model)
@@ -115,7 +127,7 @@ class Loader:
             while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
                 self._loaded.popitem(last=False)
             pipeline = Pipeline.load(
-                model, steps=steps, device=self.device, dtype=self.dtype, int8=self._int8, like=like
+                model, steps=steps, device=self.device, dtype=self.dtype, eight_bits=self._eight_bits, like=like
             )
             if self._triton_kernels:
                 from fulgurite.kernels import cuda  # here: it imports Triton, which not every machine has
