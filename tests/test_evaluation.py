@@ -47,10 +47,11 @@ def judged(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return judge(sprites, tmp_path, Run())
 
 
-def judge(sprites: Sprites, folder: Path, run: Run) -> Judged:
+def judge(sprites: Sprites, folder: Path, run: Run, tokens: int = 24) -> Judged:
+    """``tokens``: how many the model under evaluation reads of a prompt."""
     torch.manual_seed(0)
     write_tokenizer(folder)
-    tokenizer = Tokenizer.from_folder(folder, 24)
+    tokenizer = Tokenizer.from_folder(folder, tokens)
     save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
     networks = Networks(
         (tokenizer, tokenizer), tuple(CLIPTextEncoder(config).bfloat16().eval() for config in (FIRST, SECOND)),
@@ -151,7 +152,7 @@ def test_what_a_negative_prompt_takes_away_is_counted(
         same = [torch.equal(now, plain) for now, plain in zip(pictures, shown[0], strict=True)]
         return torch.eye(4)[[2 if same[i] else i % 2 for i in range(len(same))]]
 
-    reader = SimpleNamespace(pictures=features, captions=lambda ids: (None, ids), likeness=lambda seen, said: seen)
+    reader = SimpleNamespace(pictures=features, captions=lambda said: said, likeness=lambda seen, said: seen)
     monkeypatch.setattr(judged, "reader", reader)
     table = negatives.negatives(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided)], 4)
     rows = [line.split(" | ")[:4] for line in table.splitlines()[2:]]
@@ -162,6 +163,12 @@ def test_what_a_negative_prompt_takes_away_is_counted(
             for strength in ("3", "5", "9", "3, unrelated")
         ),
     ]
+
+
+def test_models_that_read_otherwise_have_the_same_judge(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+    other = judge(sprites, tmp_path, Run(), tokens=12)
+    assert torch.equal(other.said, judged.said)
+    assert not torch.equal(other.say(["a fox"], (64, 64)).context, judged.say(["a fox"], (64, 64)).context)
 
 
 def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:
@@ -193,9 +200,7 @@ def test_styles_that_come_are_counted(judged: Judged, tmp_path: Path, monkeypatc
     def likeness(darkest: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
         return -(darkest[:, None] - torch.arange(len(said)) * 8 / 127.5 + 1).abs()
 
-    reader = SimpleNamespace(
-        pictures=lambda x: x.amin(dim=(1, 2, 3)), captions=lambda ids: (None, ids), likeness=likeness
-    )
+    reader = SimpleNamespace(pictures=lambda x: x.amin(dim=(1, 2, 3)), captions=lambda said: said, likeness=likeness)
     monkeypatch.setattr(judged, "reader", reader)
     pairs = len([thing for thing in things if held_out_style(thing)])
     rows = styles(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 3).splitlines()[2:]

@@ -125,15 +125,14 @@ class Judged:
     ) -> None:
         """``steps``: of the judge's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
-        tokenizer, vocabulary = networks.tokenizers[0], card.text_encoders[0].vocab_size
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
         self.data = fingerprint(self.scenes, steps)
         self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
-        self.reader = train_reader(sprites, tokenizer, vocabulary, folder / f"reader-{self.data}", steps, run)
+        self.reader = train_reader(sprites, folder / f"reader-{self.data}", steps, run)
         self.captions = [caption(scene, rng) for scene in self.scenes]
         self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
-            self.said = torch.cat([self.reader.captions(tokenizer([text]))[1] for text in self.captions])
+            self.said = torch.cat([self.reader.captions([text]) for text in self.captions])
         quick(self.vae, run)
         reference = scenes_of(sprites, "reference", REFERENCE)
         self.reference = self.kept(

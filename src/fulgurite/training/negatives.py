@@ -69,7 +69,7 @@ def things_drawn(
     latents = drawn(unet, card, shape, to, guide, range(count), way.steps).cpu()
     seconds = time.perf_counter() - began
     features = judged.reader.pictures(seen(decoded(judged.vae, latents.to(to.context.device))).cpu())
-    said = judged.reader.captions(judged.say.tokenizers[0]([f"a {plain(thing)}" for thing in things]))[1]
+    said = judged.reader.captions([f"a {plain(thing)}" for thing in things])
     return [things[i] for i in judged.reader.likeness(features, said).argmax(dim=1)], seconds
 
 

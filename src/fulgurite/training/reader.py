@@ -1,20 +1,24 @@
 """The judge of finished models: an encoder of pictures and one of captions, in one space.
 
-Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures.
+Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures. It reads
+captions by the shipped model's tokenizer, whoever is judged: models that learned other words have the same judge.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.models import CLIPTextConfig, CLIPTextEncoder, Tokenizer
+from fulgurite.cards import card
+from fulgurite.models import CLIPTextConfig, CLIPTextEncoder
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import Scene, caption, random_scene, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
+from fulgurite.weights.load import load_tokenizer, locate
 
 SIDE = 64  # pixels, of what the encoder sees
 FEATURES = 64
@@ -39,13 +43,23 @@ class PictureEncoder(nn.Module):
 class Reader(nn.Module):
     """Pictures and captions in one space, where those that belong together are near."""
 
-    def __init__(self, vocabulary: int, length: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        shipped = card("fulgurite/spark")
+        words = shipped.text_encoders[0]
+        self.tokenizer = load_tokenizer(locate(shipped, 0).tokenizers[0], words)
         self.pictures = PictureEncoder()
-        self.captions = CLIPTextEncoder(
-            CLIPTextConfig(vocabulary, 96, 384, 2, 2, length, "gelu", FEATURES, eos_token_id=vocabulary - 1)
-        )
+        self.texts = CLIPTextEncoder(
+            CLIPTextConfig(
+                words.vocab_size, 96, 384, 2, 2, words.max_position_embeddings, "gelu", FEATURES,
+                eos_token_id=words.eos_token_id,
+            )
+        )  # fmt: skip
         self.scale = nn.Parameter(torch.tensor(2.5))  # of likeness, as a logarithm
+
+    def captions(self, captions: Sequence[str]) -> Tensor:
+        """Features ``[C, F]`` of captions."""
+        return self.texts(self.tokenizer(list(captions)))[1]
 
     def likeness(self, pictures: Tensor, captions: Tensor) -> Tensor:
         """Of features ``[B, F]`` and ``[C, F]``: ``[B, C]``, logits."""
@@ -67,12 +81,10 @@ def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:
     return torch.cat([seen(to_pixels(render(scene, sprites)[None])) for scene in scenes])
 
 
-def train_reader(
-    sprites: Sprites, tokenizer: Tokenizer, vocabulary: int, folder: Path, steps: int, run: Run = HERE
-) -> Reader:
+def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) -> Reader:
     """Trains the judge in ``folder``, going on from its checkpoint."""
     torch.manual_seed(0)
-    reader = Reader(vocabulary, tokenizer.length)
+    reader = Reader()
     networks = nn.ModuleDict({"reader": reader})
     stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.99, save_every=100, run=run)
     scenes = scenes_of(sprites, "reader", PICTURES)
@@ -80,9 +92,9 @@ def train_reader(
     while stage.step < steps:
         rng = random.Random(f"reader {stage.number}")
         picks = rng.sample(range(PICTURES), 128)
-        ids = tokenizer([caption(scenes[i], rng) for i in picks])
         with torch.autocast("cpu", torch.bfloat16):
-            features, said = reader.pictures(pictures[picks]), reader.captions(ids)[1]
+            features = reader.pictures(pictures[picks])
+            said = reader.captions([caption(scenes[i], rng) for i in picks])
         logits, right = reader.likeness(features.float(), said.float()), torch.arange(len(picks))
         stage.update({"contrast": (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2})
     average = stage.average["reader"]

@@ -53,7 +53,7 @@ def rows_of(judged: Judged, way: Way | None, count: int) -> list[str]:
     name = way.name if way else "renders"
     look = partial(drawn_by, judged, way, judged.network(way)) if way else partial(renders, judged)
     known = [(thing, style) for thing in judged.sprites.things for style in thing.sprites]
-    said = judged.reader.captions(judged.say.tokenizers[0]([asked(pair) for pair in known]))[1]
+    said = judged.reader.captions([asked(pair) for pair in known])
     rows = []
     for kind, pairs in pairs_by_kind(judged.sprites.things).items():
         right, styled = 0, 0
