@@ -74,9 +74,10 @@ class GraphedUNet(nn.Module):
             return self.unet(*told, AttentionGuidance(avoided, strength, tau)) if tau else self.unet(*inputs)
 
         key = tau, *(tensor.shape for tensor in inputs)
-        if key not in self._graphs:
-            if len(self._graphs) == MOST:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = Graph(call, inputs, self._pool)
-        self._graphs.move_to_end(key)
-        return self._graphs[key](*inputs)
+        with torch.cuda.device_of(x):  # streams are the current device's, whichever the tensors are on
+            if key not in self._graphs:
+                if len(self._graphs) == MOST:
+                    self._graphs.popitem(last=False)
+                self._graphs[key] = Graph(call, inputs, self._pool)
+            self._graphs.move_to_end(key)
+            return self._graphs[key](*inputs)
