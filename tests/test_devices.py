@@ -1,6 +1,7 @@
 """Whatever a picture is made of is on the pipeline's device, found out without a second device.
 
-Tensors on torch's "meta" have shapes and no numbers, and like a GPU's they refuse to meet those of the CPU.
+Tensors on torch's "meta" have shapes and no numbers, and in sums, stacks, norms and attention they refuse to meet those
+of the CPU, as a GPU's do everywhere (in embeddings and products "meta" lets them pass).
 """
 
 import copy

@@ -70,6 +70,12 @@ def test_a_row_is_rounded_as_it_is_alone(rows, dim, seed):
     assert torch.equal(scale, torch.cat([each for _, each in alone]))
 
 
+def test_what_comes_turned_around_is_rounded_to_rows() -> None:
+    """As one picture's channels come, which are its tokens' numbers: a GPU multiplies rows alone."""
+    values, _ = float8.rounded(torch.randn(1, 32, 64).transpose(1, 2).flatten(0, -2))
+    assert values.stride() == (32, 1)
+
+
 def test_zeros_are_zeros_and_what_is_no_number_stays_in_its_token() -> None:
     layer = Float8Linear(random_layer(32, 48, bias=False).weight, None)
     x = torch.zeros(1, 3, 32, dtype=torch.bfloat16)

@@ -45,7 +45,7 @@ class Stream:
 
 
 @contextmanager
-def capture(graph: Simulated, pool: object, capture_error_mode: str) -> Iterator[None]:
+def capture(graph: Simulated, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
     with graph:
         yield
 

@@ -112,16 +112,18 @@ def admit(settings: "Settings", ledger: "Ledger") -> None:
 def warm_up(engine: "Engine", settings: "Settings") -> None:
     """Draws a picture by each checkpoint that is to be ready when the first request comes.
 
-    So its weights are loaded and laid out, and kernels compiled for the API's usual size. Raises FulguriteError.
+    So its weights are loaded and laid out, and kernels compiled for the API's usual size. Raises what drawing raises.
     """
-    from fulgurite.request import Request
+    from fulgurite.request import Decoder, Request
     from fulgurite.server import DEMO
 
     for wanted in settings.warm:
         model, _, steps = wanted.partition(":")
-        request = Request("warm-up", num_steps=int(steps or Request.num_steps))
+        model = DEMO.get(model, model) if settings.demo else model
+        decoder: Decoder = "fast" if model in settings.fast_decoder else "full"
+        request = Request("warm-up", num_steps=int(steps or Request.num_steps), seed=0, decoder=decoder)
         started = time.monotonic()
-        picture = engine.submit(DEMO.get(model, model) if settings.demo else model, request).result()
+        picture = engine.submit(model, request).result()
         seconds = time.monotonic() - started
         say(f"{picture.model} is warm: loading it and a picture of {picture.steps} steps took {seconds:.1f} s.")
 

@@ -86,7 +86,7 @@ class Pipeline:
         the VAE of ``like``, another checkpoint of the same model, are used again. Raises UnknownModelError,
         NotPulledError or WeightsError.
         """
-        of_model, dtype = card(model), dtype or usual_dtype(device)
+        of_model, dtype = card(model), dtype or usual_dtype(device, eight_bits)
         networks = load_networks(of_model, of_model.steps_for(steps), device, dtype, like)
         pipeline = cls(of_model, networks, device, dtype)
         pipeline.accelerate(eight_bits)
@@ -273,10 +273,10 @@ class Pipeline:
         return torch.equal(evaluate(*inputs), torch.cat([evaluate(*part) for part in cut]))
 
 
-def usual_dtype(device: str) -> torch.dtype:
+def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:
     """What a device computes fastest in without harm: half the bits, where its processor has instructions for them."""
     if device.startswith("cuda"):
-        return torch.float16
+        return torch.bfloat16 if eight_bits else torch.float16  # of 8 bits not all GPUs give float16
     onednn = torch.backends.mkldnn.is_available()  # not in every build: torch's for Apple's processors may lack it
     return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 

@@ -50,13 +50,8 @@ def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
         raise SettingError("precision", f"float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and {found}.")
     if name == "float16" and device == "cpu":
         raise SettingError("precision", "float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
-    match name:
-        case "auto" | "int8":
-            return usual_dtype(device), name == "int8"
-        case "float8":
-            return torch.bfloat16, True  # its products give no float16
-        case _:
-            return getattr(torch, name), False
+    eight_bits = name in ("int8", "float8")
+    return usual_dtype(device, eight_bits) if name == "auto" or eight_bits else getattr(torch, name), eight_bits
 
 
 def checkpoint(of_model: Card, steps: int) -> int:
@@ -153,6 +148,9 @@ class Loader:
         """Gives up everything that another checkpoint needs, to make room."""
         for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
+        for kept in self._loaded.values():
+            if isinstance(kept.networks.unet, GraphedUNet):
+                kept.networks.unet.forget()
         self._drop_bases()
 
     def _make_room_for_base(self) -> None:

@@ -21,7 +21,8 @@ SMALLEST = 1e-12  # scale: a row of zeros has one too
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``[N, D]`` in 8 bits, and what 1 stands for in each, ``[N, 1]``, in float32."""
     scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(SMALLEST) / MOST
-    return (rows.float() / scale).to(KIND), scale
+    # In rows, whatever order they came in: a GPU multiplies no others.
+    return (rows.float() / scale).to(KIND, memory_format=torch.contiguous_format), scale
 
 
 class Float8Linear(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.models import AttentionGuidance, UNet
+from fulgurite.models.unet import NAG_TAU
 
 MOST = 32  # graphs of a network: of each number of rows and size, guided and not
 REHEARSALS = 3  # of a call before it is captured
@@ -31,7 +32,7 @@ class Graph:
                 call(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
         # What other threads do meanwhile, such as drawing a preview, is no part of it and does not end it.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self._output = call(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -51,6 +52,10 @@ class GraphedUNet(nn.Module):
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet, self.read = unet, unet.read
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all graphs, and with them their memory: torch gives none of it back while one of them lives."""
         self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -65,14 +70,16 @@ class GraphedUNet(nn.Module):
     ) -> Tensor:
         """The network's own ``forward``."""
         inputs = [x, timestep, context, pooled, sizes]
-        tau = guidance.tau if guidance else None
+        tau = NAG_TAU
         if guidance:
+            tau = guidance.tau
             inputs += [guidance.context, guidance.strength]
 
-        def call(*inputs: Tensor) -> Tensor:
+        def guided(*inputs: Tensor) -> Tensor:
             *told, avoided, strength = inputs
-            return self.unet(*told, AttentionGuidance(avoided, strength, tau)) if tau else self.unet(*inputs)
+            return self.unet(*told, AttentionGuidance(avoided, strength, tau))
 
+        call = guided if guidance else self.unet
         key = tau, *(tensor.shape for tensor in inputs)
         with torch.cuda.device_of(x):  # streams are the current device's, whichever the tensors are on
             if key not in self._graphs:

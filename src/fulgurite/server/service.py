@@ -38,6 +38,9 @@ class Service:
         for name in settings.fast_decoder:
             if "fast" not in card(name).decoders:
                 raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
+        for name in (wanted.partition(":")[0] for wanted in settings.warm):
+            if name not in self.served:
+                raise FulguriteError(f"{settings.origin('warm')}: {name!r} is not among the models served.")
         self.demo = DEMO if settings.demo else {}
         self.metrics = Metrics(engine)
         self.webhooks = Webhooks(settings)
