@@ -150,6 +150,12 @@ def test_a_server_that_cannot_be_warm_says_why() -> None:
     assert "answers at" not in result.stderr
 
 
+def test_what_is_warm_is_what_is_served() -> None:
+    result = run("serve", "--port", "0", "--model", SPARK, "--warm", LIGHTNING)
+    assert result.exit_code == 1
+    assert f"Error: --warm: {LIGHTNING!r} is not among the models served." in result.stderr
+
+
 def test_bad_settings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULGURITE_PORT", "http")
     for command in (["generate", "fox"], ["serve"]):

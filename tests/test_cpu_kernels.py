@@ -178,6 +178,17 @@ def test_layers_for_training_have_the_plain_ones_gradients():
             torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-3, rtol=1e-3)
 
 
+def test_a_norms_picture_and_its_gradient_have_their_channels_last():
+    """Though it is normalized as planes: else what stands before and behind goes through two orders at once."""
+    with torch.inference_mode(False):
+        norm = nn.Sequential(GroupNormSiLU(8, 32))
+        cpu.accelerate_training(norm)
+        x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+        found = norm(x)
+        found.backward(torch.randn_like(found))
+        assert all(y.is_contiguous(memory_format=torch.channels_last) for y in (found, x.grad))
+
+
 def test_the_decoder():
     network = random_layer(VAE(small.VAE), torch.float32)
     latents, pixels = torch.randn(2, 4, 7, 9), torch.randn(1, 3, 32, 24)
