@@ -114,14 +114,14 @@ def warm_up(engine: "Engine", settings: "Settings") -> None:
 
     So its weights are loaded and laid out, and kernels compiled for the API's usual size. Raises what drawing raises.
     """
-    from fulgurite.request import Decoder, Request
+    from fulgurite.request import Request
     from fulgurite.server import DEMO
+    from fulgurite.settings import model_and_steps
 
-    for wanted in settings.warm:
-        model, _, steps = wanted.partition(":")
+    for model, steps in map(model_and_steps, settings.warm):
         model = DEMO.get(model, model) if settings.demo else model
-        decoder: Decoder = "fast" if model in settings.fast_decoder else "full"
-        request = Request("warm-up", num_steps=int(steps or Request.num_steps), seed=0, decoder=decoder)
+        decoder = settings.usual_decoder(model)
+        request = Request("warm-up", num_steps=steps or Request.num_steps, seed=0, decoder=decoder)
         started = time.monotonic()
         picture = engine.submit(model, request).result()
         seconds = time.monotonic() - started

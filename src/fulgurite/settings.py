@@ -79,11 +79,9 @@ class Settings(BaseSettings):
 
     @field_validator("warm")
     @classmethod
-    def _whole(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for one in value:
-            _, colon, steps = one.partition(":")
-            if colon and not (steps.isdecimal() and 1 <= int(steps) <= 20):
-                raise ValueError(f"{one!r}: after the colon stands the most steps to spend, 1 to 20")
+    def _with_steps(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for wanted in value:
+            model_and_steps(wanted)
         return value
 
     @field_validator("api_key")
@@ -94,9 +92,21 @@ class Settings(BaseSettings):
             raise ValueError("a key is printable ASCII without spaces, so that it can be sent in a header")
         return value
 
+    def usual_decoder(self, model: str) -> Literal["full", "fast"]:
+        """Of requests that name none."""
+        return "fast" if model in self.fast_decoder else "full"
+
     def origin(self, name: str) -> str:
         """Where a setting's value comes from."""
         return origin(name, self._flags)
+
+
+def model_and_steps(wanted: str) -> tuple[str, int | None]:
+    """What ``MODEL`` or ``MODEL:STEPS`` names. Raises ValueError."""
+    model, colon, steps = wanted.partition(":")
+    if colon and not (steps.isdecimal() and 1 <= int(steps) <= 20):
+        raise ValueError(f"{wanted!r}: after the colon stands the most steps to spend, 1 to 20")
+    return model, int(steps) if steps else None
 
 
 def read_settings(**flags: Any) -> Settings:

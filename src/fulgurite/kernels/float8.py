@@ -41,18 +41,19 @@ class Float8Linear(nn.Module):
         return product.unflatten(0, x.shape[:-1])
 
 
-def fits(layer: nn.Module) -> bool:
-    """Whether a layer is a linear one of many vectors, large enough, and of whole sixteens."""
-    if not isinstance(layer, nn.Linear) or isinstance(layer, VectorLinear):
-        return False
-    return layer.weight.numel() >= LEAST and not any(size % WHOLE for size in layer.weight.shape)
+def fits(weight: Tensor) -> bool:
+    """Whether a linear layer's weight is large enough, and of whole sixteens."""
+    return weight.numel() >= LEAST and not any(size % WHOLE for size in weight.shape)
 
 
 def accelerate(network: nn.Module) -> None:
     """Puts these layers in place of the network's own, in place; others stay."""
     for name, layer in network.named_children():
-        if fits(layer):
-            assert isinstance(layer, nn.Linear)
-            setattr(network, name, Float8Linear(layer.weight, layer.bias))
-        else:
-            accelerate(layer)
+        match layer:
+            case VectorLinear():
+                pass  # next to no time
+            case nn.Linear():
+                if fits(layer.weight):
+                    setattr(network, name, Float8Linear(layer.weight, layer.bias))
+            case _:
+                accelerate(layer)

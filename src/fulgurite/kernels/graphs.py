@@ -6,13 +6,13 @@ setting ``cuda_graphs``), and bench/gpu.py measures it.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fulgurite.models import AttentionGuidance, UNet
-from fulgurite.models.unet import NAG_TAU
 
 MOST = 32  # graphs of a network: of each number of rows and size, guided and not
 REHEARSALS = 3  # of a call before it is captured
@@ -69,17 +69,12 @@ class GraphedUNet(nn.Module):
         guidance: AttentionGuidance | None = None,
     ) -> Tensor:
         """The network's own ``forward``."""
-        inputs = [x, timestep, context, pooled, sizes]
-        tau = NAG_TAU
+        inputs, tau = [x, timestep, context, pooled, sizes], None
+        call: Callable[..., Tensor] = self.unet
         if guidance:
-            tau = guidance.tau
             inputs += [guidance.context, guidance.strength]
-
-        def guided(*inputs: Tensor) -> Tensor:
-            *told, avoided, strength = inputs
-            return self.unet(*told, AttentionGuidance(avoided, strength, tau))
-
-        call = guided if guidance else self.unet
+            tau = guidance.tau
+            call = partial(self._guided, tau)
         key = tau, *(tensor.shape for tensor in inputs)
         with torch.cuda.device_of(x):  # streams are the current device's, whichever the tensors are on
             if key not in self._graphs:
@@ -88,3 +83,7 @@ class GraphedUNet(nn.Module):
                 self._graphs[key] = Graph(call, inputs, self._pool)
             self._graphs.move_to_end(key)
             return self._graphs[key](*inputs)
+
+    def _guided(self, tau: float, *inputs: Tensor) -> Tensor:
+        *told, avoided, strength = inputs
+        return self.unet(*told, AttentionGuidance(avoided, strength, tau))

@@ -142,7 +142,7 @@ def parameters_of(model: str, service: Service) -> dict[str, Any]:
     schema = Parameters.model_json_schema()
     schema["properties"]["decoder"] |= {
         "enum": list(card(drawn_by).decoders),
-        "default": service.usual_decoder(drawn_by),
+        "default": service.settings.usual_decoder(drawn_by),
     }
     return schema
 

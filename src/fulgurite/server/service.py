@@ -17,7 +17,7 @@ from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.webhooks import Webhooks
-from fulgurite.settings import Settings
+from fulgurite.settings import Settings, model_and_steps
 
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -38,7 +38,7 @@ class Service:
         for name in settings.fast_decoder:
             if "fast" not in card(name).decoders:
                 raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
-        for name in (wanted.partition(":")[0] for wanted in settings.warm):
+        for name, _ in map(model_and_steps, settings.warm):
             if name not in self.served:
                 raise FulguriteError(f"{settings.origin('warm')}: {name!r} is not among the models served.")
         self.demo = DEMO if settings.demo else {}
@@ -50,10 +50,6 @@ class Service:
         """Raises UnknownModelError."""
         if model not in self.served:
             raise UnknownModelError(model, self.served)
-
-    def usual_decoder(self, model: str) -> str:
-        """Of requests that name none."""
-        return "fast" if model in self.settings.fast_decoder else "full"
 
     async def caller(self, http: HTTPRequest) -> Key:
         """The key that a request carries. Raises Problem (401)."""
@@ -95,7 +91,7 @@ class Service:
         drawn_by = self.demo.get(body.model, body.model)
         asked = body.data.model_dump()
         if "decoder" not in body.data.model_fields_set:
-            asked["decoder"] = self.usual_decoder(drawn_by)
+            asked["decoder"] = self.settings.usual_decoder(drawn_by)
         request = Request(**asked)
         plan(card(drawn_by), request)  # what the model cannot do is refused now
         media_type = body.media_type(http.headers.get("accept", ""))
