@@ -1,7 +1,6 @@
 """Distillation's parts: steps as the sampler makes them, objectives, the judge, LoRA files, runs that go on."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import pytest
 import torch
 from conftest import needs_weights
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from small_sdxl import FIRST, SECOND, UNET, roughened, write_tokenizer
-from small_sdxl import VAE as SMALL_VAE
+from safetensors.torch import load_file
+from small_ground import CARD, small_ground
+from small_sdxl import UNET, roughened
 from torch import nn
 
 from fulgurite import Pipeline
 from fulgurite.cards import card
-from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
+from fulgurite.models import UNet
 from fulgurite.pipeline import Row
 from fulgurite.request import Plan, Request
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
@@ -39,18 +38,14 @@ from fulgurite.training.distil import (
     squared,
 )
 from fulgurite.training.evaluation import found, frechet, score
-from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, TimeIsUpError, save_network
 from fulgurite.training.low_rank import LoRA
 from fulgurite.training.plans import PAPER, QUICK, SDXL
 from fulgurite.training.reader import Reader
-from fulgurite.training.scenes import random_scene
-from fulgurite.training.sources import SPRITE, Sprites, Thing
 from fulgurite.training.steps import Conditions, Guide, Sayer, denoised, seeded, walked
 from fulgurite.weights import load_networks
 from fulgurite.weights.load import load_unet
 
-CARD = replace(card("fulgurite/spark"), unet=UNET, vae=SMALL_VAE, text_encoders=(FIRST, SECOND))
 SQUARED = Distillation("4", None, 8, 4, "squared", None, updates=4, peak=1e-3, rank=2)
 
 
@@ -73,20 +68,7 @@ def a_random_step(rows: int = 3) -> Step:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    """A small undistilled model with random weights, and two scenes."""
-    folder = tmp_path_factory.mktemp("ground")
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    encoders = [CLIPTextEncoder(FIRST), CLIPTextEncoder(SECOND)]
-    save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
-    things = [Thing(name, (), "objects", "some", {"3d": i}) for i, name in enumerate(("rocket", "fox", "tulip"))]
-    sprites = Sprites(things, np.full((3, SPRITE, SPRITE, 4), 255, np.uint8))
-    scenes = [random_scene(random.Random(number), sprites) for number in (1, 2)]
-    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float16)
-    shown = LatentSet((256, 256), latents, scenes)
-    tokenizer = Tokenizer.from_folder(folder, 24)
-    vae = VAE(SMALL_VAE).eval()
-    return Ground(CARD, folder / "unet.safetensors", (tokenizer, tokenizer), encoders, vae, shown, batch=2)
+    return small_ground(tmp_path_factory.mktemp("ground"))
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
@@ -389,10 +371,12 @@ def test_retrieval_is_one_for_the_right_captions_and_chance_for_any() -> None:
     rows = 300
     assert found(torch.eye(rows)).mean() == 1
     assert found(torch.randn(rows, rows, generator=torch.Generator().manual_seed(0))).mean() < 0.05
-    features = np.random.default_rng(1).standard_normal((rows, 4))
-    result = score("some", features, np.arange(rows) % 2, features)
+    reference = np.random.default_rng(1).standard_normal((rows, 2, 4))
+    features = reference + np.array([[3.0], [0.0]])  # whole pictures differ, close up they do not
+    result = score("some", features, np.arange(rows) % 2, reference)
     assert result.retrieval == pytest.approx((0.5, 1.96 * (0.25 / rows) ** 0.5))
-    assert result.distance[1] > 0
+    assert (result.distance[0], result.close_up[0]) == (pytest.approx(4 * 3**2), pytest.approx(0, abs=1e-6))
+    assert min(result.distance[1], result.close_up[1]) > 0
 
 
 def test_the_reader_puts_pictures_and_captions_in_one_space() -> None:

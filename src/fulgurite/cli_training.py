@@ -110,6 +110,22 @@ def distil(
 
 
 @train.command()
+def decoder(
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Where the folders vae and fast_decoder go.")] = Path("spark"),
+    model: Model = EMBEDDED / "spark",
+    preset: Named = "cpu",
+    minutes: Minutes = inf,
+) -> None:
+    """Teaches a finished small model's decoder what its UNet draws, and a fast decoder from it."""
+    amounts = checked(preset)
+    from fulgurite.training.recipe import decoders_from
+
+    with timed(amounts.device, minutes) as run:
+        decoders_from(work, model, out, amounts, run)
+
+
+@train.command()
 def fast_decoder(
     work: Work,
     out: Annotated[Path, typer.Option(help="Where the folder fast_decoder goes.")] = Path("spark"),

@@ -1,8 +1,8 @@
 """How well a model draws what it is told, by a judge of its own (``reader.py``).
 
-Two numbers for pictures drawn from held-out captions: how often the judge finds a picture's caption among 100, and the
-Frechet distance (Heusel et al., arXiv 1706.08500) of its features of them to those of held-out renders. What renders
-themselves get is the ceiling.
+Of pictures drawn from held-out captions: how often the judge finds a picture's caption among 100, and the Frechet
+distances (Heusel et al., arXiv 1706.08500) of its features of them to those of held-out renders: of whole pictures, and
+of a part of each at full size, as the distillation's paper has both. What renders themselves get is the ceiling.
 """
 
 import json
@@ -22,11 +22,10 @@ from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
-from fulgurite.training.reader import rendered, scenes_of, seen, train_reader
-from fulgurite.training.scenes import caption, render
+from fulgurite.training.reader import close_up, rendered, scenes_of, seen, train_reader
+from fulgurite.training.scenes import caption
 from fulgurite.training.sources import Sprites
 from fulgurite.training.steps import Guide, Sayer, decoded, drawn
-from fulgurite.training.vae import to_pixels
 from fulgurite.weights import Networks
 from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_unet
@@ -66,15 +65,22 @@ class Score:
     pictures: int
     retrieval: tuple[float, float]  # share of pictures whose caption was found
     distance: tuple[float, float]
+    close_up: tuple[float, float]  # distance of a part of each picture
 
 
 def score(name: str, features: np.ndarray, hits: np.ndarray, reference: np.ndarray) -> Score:
-    """Intervals: the binomial's for retrieval; for the distance, of 100 samples drawn with replacement."""
+    """Of features ``[N, 2, F]``: of whole pictures, and of a part of each."""
     share = float(hits.mean())
+    within = 1.96 * float((share * (1 - share) / len(hits)) ** 0.5)
+    whole, part = (distance(features[:, i], reference[:, i]) for i in range(2))
+    return Score(name, len(hits), (share, within), whole, part)
+
+
+def distance(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Frechet's, with the half width of its 95 % interval, by 100 samples drawn with replacement."""
     rng = np.random.default_rng(0)
     again = [frechet(features[rng.integers(0, len(features), len(features))], reference) for _ in range(100)]
-    within = 1.96 * float((share * (1 - share) / len(hits)) ** 0.5)
-    return Score(name, len(hits), (share, within), (frechet(features, reference), 1.96 * float(np.std(again))))
+    return frechet(features, reference), 1.96 * float(np.std(again))
 
 
 def share(hits: int, count: int) -> str:
@@ -143,7 +149,10 @@ class Judged:
         return fingerprint(self.model, way.unet, *way.loras)
 
     def kept(self, name: str, made_of: str, count: int, pictures: Callable[[int, int], Tensor]) -> np.ndarray:
-        """The judge's features ``[N, F]`` of the pictures ``start`` to ``stop`` of ``count``, chunk by chunk."""
+        """The judge's features ``[N, 2, F]`` of ``count`` pictures, whole and a part of each, chunk by chunk.
+
+        ``pictures``: those of the numbers ``start`` to ``stop``, ``[N, 3, H, W]``.
+        """
         chunks = []
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
@@ -153,7 +162,9 @@ class Judged:
                     raise TimeIsUpError(f"The time is up, at picture {start} of {count} of: {name}.")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with torch.no_grad():
-                    np.save(path, self.reader.pictures(pictures(start, stop)).numpy())
+                    shown = pictures(start, stop)
+                    looked_at = self.reader.pictures(seen(shown)), self.reader.pictures(close_up(shown, start))
+                np.save(path, torch.stack(looked_at, dim=1).numpy())
             chunks.append(np.load(path))
         return np.concatenate(chunks)
 
@@ -179,19 +190,15 @@ class Judged:
     def score(self, name: str, made_of: str, pictures: Callable[[int, int], Tensor]) -> Score:
         features = self.kept(name, made_of, len(self.captions), pictures)
         with torch.no_grad():
-            hits = found(self.reader.likeness(torch.from_numpy(features), self.said))
+            hits = found(self.reader.likeness(torch.from_numpy(features[:, 0]), self.said))
         return score(name, features, hits, self.reference)
 
     def renders(self, start: int, stop: int) -> Tensor:
         return rendered(self.scenes[start:stop], self.sprites)
 
     def autoencoded(self, start: int, stop: int) -> Tensor:
-        return torch.cat(
-            [
-                seen(through(self.vae, to_pixels(render(scene, self.sprites)[None]).to(self.run.device)))
-                for scene in self.scenes[start:stop]
-            ]
-        )
+        scenes = self.scenes[start:stop]
+        return torch.cat([through(self.vae, rendered([scene], self.sprites).to(self.run.device)) for scene in scenes])
 
     def drawn_by(self, way: Way) -> Callable[[int, int], Tensor]:
         """Draws the captions ``start`` to ``stop``, each from the noise of its own number."""
@@ -209,11 +216,11 @@ class Judged:
         return draw
 
     def pictures(self, unet: UNet, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """What a way's network draws of the prompts, as the judge sees it ``[N, 3, 64, 64]``."""
+        """What a way's network draws of the prompts, ``[N, 3, H, W]``."""
         shape = self.card.native_shapes[0]
         away = Guide(self.say([""] * len(prompts), shape), self.card.guidance_strength) if way.guided else None
         latents = drawn(unet, self.card, shape, self.say(prompts, shape), away, seeds, way.steps)
-        return seen(decoded(self.vae, latents)).cpu()
+        return decoded(self.vae, latents).cpu()
 
     def network(self, way: Way) -> UNet:
         unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)
@@ -252,7 +259,7 @@ def evaluate(judged: Judged, ways: Sequence[Way]) -> list[Score]:
     for drawer in drawn_by:
         scores.append(judged.score(*drawer))
         print(as_row(scores[-1]), flush=True)
-    table = "| drawn by | captions | retrieval | distance |\n|---|---|---|---|\n"
+    table = "| drawn by | captions | retrieval | distance | close up |\n|---|---|---|---|---|\n"
     (judged.folder / "scores.md").write_text(table + "".join(f"{as_row(s)}\n" for s in scores))
     (judged.folder / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1))
     return scores
@@ -260,5 +267,6 @@ def evaluate(judged: Judged, ways: Sequence[Way]) -> list[Score]:
 
 def as_row(s: Score) -> str:
     """A line of a Markdown table."""
-    (share, within), (distance, wide) = s.retrieval, s.distance
-    return f"| {s.name} | {s.pictures} | {100 * share:.1f} ± {100 * within:.1f} % | {distance:.2f} ± {wide:.2f} |"
+    (share, within), (whole, wide), (part, apart) = s.retrieval, s.distance, s.close_up
+    distances = f"{whole:.2f} ± {wide:.2f} | {part:.2f} ± {apart:.2f}"
+    return f"| {s.name} | {s.pictures} | {100 * share:.1f} ± {100 * within:.1f} % | {distances} |"

@@ -71,14 +71,33 @@ def seen(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, (SIDE, SIDE), mode="area")
 
 
+def close_up(pixels: Tensor, first: int) -> Tensor:
+    """A part of each of the pictures ``[B, 3, H, W]``, of which the first has this number, at a place of its number's.
+
+    As large as what the encoder sees, so that it sees what is lost in a whole picture: how sharp lines are.
+    """
+    height, width = pixels.shape[2:]
+    parts = []
+    for number, picture in enumerate(pixels, first):
+        rng = random.Random(f"close up {number}")
+        top, left = (round(rng.uniform(0.25, 0.75) * (side - SIDE)) for side in (height, width))
+        parts.append(picture[:, top : top + SIDE, left : left + SIDE])
+    return torch.stack(parts)
+
+
 def scenes_of(sprites: Sprites, kind: str, count: int) -> list[Scene]:
     """So many scenes of a kind that no training set has, each from a number of its own."""
     return [random_scene(random.Random(f"{kind} {i}"), sprites) for i in range(count)]
 
 
 def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:
-    """Renders as the encoder sees them ``[N, 3, 64, 64]``."""
-    return torch.cat([seen(to_pixels(render(scene, sprites)[None])) for scene in scenes])
+    """Renders ``[N, 3, H, W]``."""
+    return torch.cat([to_pixels(render(scene, sprites)[None]) for scene in scenes])
+
+
+def seen_renders(scenes: list[Scene], sprites: Sprites) -> Tensor:
+    """Renders as the encoder sees them ``[N, 3, 64, 64]``, one at a time: whole ones of many scenes take gigabytes."""
+    return torch.cat([seen(rendered([scene], sprites)) for scene in scenes])
 
 
 def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) -> Reader:
@@ -88,7 +107,9 @@ def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) ->
     networks = nn.ModuleDict({"reader": reader})
     stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.99, save_every=100, run=run)
     scenes = scenes_of(sprites, "reader", PICTURES)
-    pictures = rendered(scenes, sprites) if stage.step < steps else torch.empty(0)
+    pictures = (
+        torch.cat([seen(rendered([scene], sprites)) for scene in scenes]) if stage.step < steps else torch.empty(0)
+    )
     while stage.step < steps:
         rng = random.Random(f"reader {stage.number}")
         picks = rng.sample(range(PICTURES), 128)

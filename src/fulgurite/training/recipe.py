@@ -13,6 +13,7 @@ from accelerate import PartialState
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END
+from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
@@ -27,7 +28,7 @@ from fulgurite.training.students import students_in, write_card
 from fulgurite.training.styles import styles
 from fulgurite.training.teacher import train_teacher, train_tokenizer
 from fulgurite.training.text import train_text_encoders
-from fulgurite.training.vae import normalize_latents, refine_decoder, render_pictures, to_pixels, train_vae
+from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
 from fulgurite.training.words import FIRST
 from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_folder, locate
@@ -117,34 +118,56 @@ def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: s
         write_card("spark_lightning.toml", card_file, ground.unet, students, preview)
 
 
-def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
-    """Students of a finished model in the folder ``model``, instead of one that was trained here."""
+def decoders(work: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> None:
+    """Trains the ground's decoder on, then the card's fast one from it; writes both into the model's folder ``out``."""
+    vae = refine_decoder(as_drawn(ground, work / "drawn"), ground, sprites, work / "decoder", preset.decoder_steps)
+    if PartialState().is_main_process:
+        # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
+        save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
+    fast_decoder(work, out, preset, ground)
+
+
+def fast_decoder(work: Path, out: Path, preset: Preset, ground: Ground) -> None:
+    """Trains the card's fast decoder from the ground's, and writes it into the model's folder ``out``."""
+    config, drawn = ground.card.fast_decoder, as_drawn(ground, work / "drawn")
+    assert config
+    decoder = train_fast_decoder(
+        drawn, ground.vae, config, work / "fast_decoder", preset.fast_decoder_steps, ground.run
+    )
+    if PartialState().is_main_process:
+        save_network(decoder, out / FAST_DECODER_FILE)
+    PartialState().wait_for_everyone()
+
+
+def ground_of(work: Path, model: Path, preset: Preset, scenes: int, run: Run) -> tuple[Ground, Sprites]:
+    """What is learned from a finished model in the folder ``model``, instead of one that was trained here."""
     of_model = card(MODEL)
     networks = load_folder(model, of_model, run.device, torch.float32)
     data = Data.built(work, preset)
-    latents = data.latents(networks.vae, of_model.native_shapes[0], preset.scenes, work)
+    latents = data.latents(networks.vae, of_model.native_shapes[0], scenes, work)
     ground = Ground(
         of_model, model / UNET_FILE, networks.tokenizers, networks.text_encoders, networks.vae, latents,
         preset.batch // 2, run,
     )  # fmt: skip
+    return ground, data.sprites
+
+
+def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
+    """Students of a finished model."""
+    ground, _ = ground_of(work, model, preset, preset.scenes, run)
     distil_all(work, out, preset, ground)
 
 
+def decoders_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
+    """A finished model's decoder taught on, and a fast one from it."""
+    ground, sprites = ground_of(work, model, preset, LESSONS, run)
+    decoders(work, out, preset, ground, sprites)
+
+
 def fast_decoder_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
-    """A fast decoder for a finished model in the folder ``model``."""
-    of_model = card(MODEL)
-    vae = load_folder(model, of_model, run.device, torch.float32).vae
-    latents = Data.built(work, preset).latents(vae, of_model.native_shapes[0], preset.scenes, work)
-    fast_decoder(work, vae, latents, out, preset, run)
-
-
-def fast_decoder(work: Path, vae: VAE, latents: LatentSet, out: Path, preset: Preset, run: Run) -> None:
-    """Trains the card's fast decoder, and writes it beside the model's other networks."""
-    config = card(MODEL).fast_decoder
-    assert config
-    decoder = train_fast_decoder(latents.latents, vae, config, work / "fast_decoder", preset.fast_decoder_steps, run)
-    if PartialState().is_main_process:
-        save_network(decoder, out / FAST_DECODER_FILE)
+    """A fast decoder for a finished model, from its decoder as it is."""
+    ground, _ = ground_of(work, model, preset, LESSONS, run)
+    fast_decoder(work, out, preset, ground)
 
 
 def students_inside() -> dict[int, Files]:
@@ -189,18 +212,15 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     unet = train_teacher(
         [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
     )
-    vae = refine_decoder(data.sprites, vae, work / "decoder", preset.decoder_steps, run)
     if PartialState().is_main_process:
         for name, encoder in encoders.items():
             save_network(encoder, out / name / "model.safetensors")
         save_network(unet, out / UNET_FILE)
-        # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
-        save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
-    preview = preview_lines(square, data.sprites)
-    if PartialState().is_main_process:
-        write_card("spark.toml", out.with_name(f"{out.name}.toml"), out / UNET_FILE, preview=preview)
-    fast_decoder(work, vae, square, out, preset, run)
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
     ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
+    decoders(work, out, preset, ground, data.sprites)
+    preview = preview_lines(square, data.sprites)
+    if PartialState().is_main_process:
+        write_card("spark.toml", out.with_name(f"{out.name}.toml"), out / UNET_FILE, preview=preview)
     distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground, preview)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulgurite.models import UNet
 from fulgurite.training.evaluation import Judged, Way, share
-from fulgurite.training.reader import rendered
+from fulgurite.training.reader import rendered, seen
 from fulgurite.training.scenes import Placed, Scene, a_or_an, held_out_style, plain
 from fulgurite.training.sources import SPRITE, Thing
 
@@ -35,7 +35,7 @@ def pairs_by_kind(things: Sequence[Thing]) -> dict[str, list[Pair]]:
 
 
 def renders(judged: Judged, pair: Pair, count: int) -> Tensor:
-    """Renders of a thing in a style on white, as the judge sees them."""
+    """Renders of a thing in a style on white."""
     (thing, style), rng = pair, random.Random(asked(pair))
     sides = [rng.uniform(0.85, 0.89) for _ in range(count)]
     placed = [Placed(thing, thing.sprites[style], None, (0.5, 0.5), side) for side in sides]
@@ -43,7 +43,7 @@ def renders(judged: Judged, pair: Pair, count: int) -> Tensor:
 
 
 def drawn_by(judged: Judged, way: Way, unet: UNet, pair: Pair, count: int) -> Tensor:
-    """Pictures of the first ``count`` seeds, as the judge sees them."""
+    """Pictures of the first ``count`` seeds."""
     return judged.pictures(unet, way, [asked(pair)] * count, range(count))
 
 
@@ -58,7 +58,7 @@ def rows_of(judged: Judged, way: Way | None, count: int) -> list[str]:
     for kind, pairs in pairs_by_kind(judged.sprites.things).items():
         right, styled = 0, 0
         for pair in pairs:
-            likeness = judged.reader.likeness(judged.reader.pictures(look(pair, count)), said)
+            likeness = judged.reader.likeness(judged.reader.pictures(seen(look(pair, count))), said)
             own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
             right += sum(known[i] == pair for i in likeness.argmax(dim=1))
             styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))

@@ -1,4 +1,5 @@
-"""Stage one: the autoencoder (Rombach et al., arXiv 2112.10752, section 3.1), without the adversarial part.
+"""Stage one: the autoencoder (Rombach et al., arXiv 2112.10752, section 3.1), without the adversarial part,
+which comes later (``decoder.py``).
 
 Vector art is flat areas with sharp edges: an absolute error on pixels and on their differences keeps both.
 """
@@ -21,7 +22,6 @@ PICTURES = 3000  # rendered beforehand
 KL_WEIGHT = 1e-5
 FIRST_LOG_VARIANCE = -6.0  # from 0, the noise drowns what the encoder has to say, and it falls silent for good
 LAST_CONSTANT = 1.0  # about two and a half times the spread of what the last block starts with
-LATENT_NOISE = 0.05  # of unit scale: what a UNet draws is never exactly what an encoder says
 QUIET_STEPS = 800  # over these, the terms that a constant picture pleases most rise from nothing
 
 
@@ -108,31 +108,6 @@ def train_vae(
     average = stage.average["vae"]
     assert isinstance(average, VAE)
     return average.eval()
-
-
-def refine_decoder(
-    sprites: Sprites, vae: VAE, folder: Path, steps: int, run: Run = HERE, batch: int = 3, seed: int = 1
-) -> VAE:
-    """Trains the decoder on, with the encoder as it is: latents made already, and what was learned from them, stand.
-
-    On whole pictures: group norms see all of a picture at once, so a decoder that knows crops alone gets colours wrong.
-    """
-    device = run.device
-    torch.manual_seed(seed)
-    decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
-    stage = Stage(folder, decoding, peak=7e-4, steps=steps, decay=0.998, run=run)
-    pictures = render_pictures(sprites, PICTURES, f"decoder {seed}") if stage.step < steps else np.empty(0)
-    while stage.step < steps:
-        rng = random.Random(f"decoder {seed} {stage.number}")
-        pixels = to_pixels(pictures[rng.choices(range(len(pictures)), k=batch)])
-        pixels = pixels.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.autocast(run.kind, torch.bfloat16):
-            with torch.no_grad():
-                mean, _ = vae.encode(pixels)
-            again = vae.decode(mean.float() + LATENT_NOISE * torch.randn(mean.shape, device=device)).float()
-        stage.update(reconstruction_losses(pixels, again))
-    decoding.load_state_dict(stage.average.state_dict())
-    return vae.eval()
 
 
 @torch.no_grad()

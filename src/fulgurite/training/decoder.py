@@ -1,0 +1,158 @@
+"""Stage four: the decoder taught on, with the encoder as it is: latents, and what was learned from them, stand.
+
+What a UNet ends with is not what an encoder says: outlines are softer, plain areas uneven. So scenes' latents are
+noised part of the way and walked back as serving walks, and the decoder learns to make of that what the scene's render
+was: by pixels' errors, and in the end from a judge of patches besides (Rombach et al., arXiv 2112.10752, section 3.1).
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from fulgurite.models import VAE
+from fulgurite.sampling import trailing_schedule
+from fulgurite.training.discriminator import judge_loss, student_loss, unsteadiness
+from fulgurite.training.distil import STEADY, Ground, begun, network
+from fulgurite.training.fingerprint import fingerprint
+from fulgurite.training.latents import FEW, said, scene_at
+from fulgurite.training.loop import Part, Stage
+from fulgurite.training.scenes import no_caption, render
+from fulgurite.training.sources import Sprites
+from fulgurite.training.steps import Guide, Sayer, on, seeded, walked
+from fulgurite.training.vae import reconstruction_losses, to_pixels
+
+LESSONS = 8000  # scenes, at most
+STEPS, BACK = 8, 4  # of the schedule; and how many of its last the latents are walked, at most
+LATENT_NOISE = 0.05  # of unit scale, besides
+JUDGED_AFTER = 0.55  # of the updates: before, the judge would learn what pixels' errors mend anyway
+JUDGES_SHARE = 0.3  # of what pixels' errors ask of a picture, how much the judge does
+MATCHING = 5.0  # weight of that features match, within that
+NEAR = 0.05  # noise, of renders, within which the judge is to say the same
+PEAK, JUDGES_PEAK = 5e-4, 4e-4  # learning rates
+
+
+def as_drawn(ground: Ground, folder: Path) -> np.ndarray:
+    """The first scenes' latents as the undistilled UNet leaves them ``[N, C, h, w]``, float16.
+
+    Made once, then read back from ``folder``.
+    """
+    vae, shown = ground.vae, ground.latents
+    made_of = fingerprint(ground.unet, vae.encoder, vae.quant_conv, shown.scenes[:FEW])
+    path = folder / f"drawn-{min(LESSONS, len(shown.latents))}-{made_of}.npy"
+    with PartialState().main_process_first():
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(path, drawn_again(ground, shown.latents[:LESSONS]))
+    return np.load(path)
+
+
+@torch.no_grad()
+def drawn_again(ground: Ground, latents: np.ndarray) -> np.ndarray:
+    """Latents of the first scenes, noised to where one of the last ``BACK`` steps begins and walked back, guided.
+
+    In turns, batch by batch, of one step, of two and so on; then one batch as it is.
+    """
+    shown, card, device = ground.latents, ground.card, ground.run.device
+    unet, sayer = network(ground, ground.unet.parent), Sayer(ground.tokenizers, ground.encoders, device)
+    schedule, chunks = on(trailing_schedule(STEPS), device), []
+    for start in range(0, len(latents), ground.batch):
+        rng, back = seeded("drawn", start), (start // ground.batch + 1) % (BACK + 1)
+        clean = torch.from_numpy(latents[start : start + ground.batch]).float().to(device)
+        if back:
+            told = sayer([said(scene, rng) for scene in shown.scenes[start : start + len(clean)]], shown.size)
+            away = sayer([no_caption(rng) for _ in clean], shown.size)
+            first = torch.full((len(clean),), STEPS - back, device=device)
+            x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
+            clean = walked(unet, x, first, back, schedule, told, card.prediction, Guide(away, card.guidance_strength))
+        chunks.append(clean.half().cpu().numpy())
+    return np.concatenate(chunks)
+
+
+class PictureJudge(nn.Module):
+    """Judges patches of pictures (PatchGAN: Isola et al., arXiv 1611.07004, section 3.2.2)."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after))
+            for before, after in pairwise(widths)
+        )
+        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of pictures ``[B, 3, H, W]``: a logit a patch ``[B, 1, H/16, W/16]``, above 0 for renders; and features."""
+        features = [F.leaky_relu(self.conv_in(pictures), 0.2)]
+        for layer in self.layers:
+            features.append(F.leaky_relu(layer(features[-1]), 0.2))
+        return self.conv_out(features[-1]), features
+
+
+def judged(judge: PictureJudge, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+    with torch.autocast(pictures.device.type, torch.bfloat16):
+        logits, features = judge(pictures)
+    return logits.float(), [found.float() for found in features]
+
+
+def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Tensor) -> dict[str, Tensor]:
+    """Both sides' losses on decoded pictures ``again``; each reaches its own side's weights alone.
+
+    The decoder's are that it be taken for renders, and that the judge find in it what it finds in the render (feature
+    matching: arXiv 1711.11585, section 3.2). They move a picture by a share of what pixels' ``errors`` do, as in arXiv
+    2012.09841, section 3.2, but at the pixels.
+    """
+    shown = again.detach().requires_grad_()
+    fooled, mine = judged(judge, shown)
+    with torch.no_grad():
+        _, wanted = judged(judge, renders)
+    unlike = torch.stack([(a - b).abs().mean() for a, b in zip(mine, wanted, strict=True)]).mean()
+    taken = student_loss([fooled])
+    (slope,) = torch.autograd.grad(taken + MATCHING * unlike, shown)
+    (asked,) = torch.autograd.grad(errors, again, retain_graph=True)
+    slope *= JUDGES_SHARE * asked.norm() / slope.norm().clamp_min(1e-12)
+    near = renders + NEAR * torch.randn_like(renders)
+    logits, _ = judged(judge, torch.cat([renders, shown.detach(), near]))
+    real, fake, still = logits.chunk(3)
+    return {
+        "adversarial": taken.detach() + ((again - shown.detach()) * slope).sum(),
+        "judge": judge_loss([real], [fake]),
+        "unsteady": STEADY * unsteadiness([real], [still]),
+    }
+
+
+def refine_decoder(
+    drawn: np.ndarray, ground: Ground, sprites: Sprites, folder: Path, steps: int, batch: int = 4, seed: int = 1
+) -> VAE:
+    """Trains the decoder of the ground's VAE in ``folder``, going on from its checkpoint.
+
+    ``drawn``: latents of the ground's first scenes, those of ``as_drawn``. On whole pictures: group norms see all of a
+    picture at once, so a decoder that knows crops alone gets colours wrong.
+    """
+    vae, run = ground.vae, ground.run
+    torch.manual_seed(seed)
+    decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
+    judge, after = PictureJudge(), int(JUDGED_AFTER * steps)
+    networks = nn.ModuleDict({"decoding": decoding, "judge": judge})
+    networks.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts = {"decoding": Part(PEAK), "judge": Part(JUDGES_PEAK, after)}
+    stage = Stage(folder, networks, PEAK, steps, decay=0.998, parts=parts, run=run)
+    scenes = (scene_at(sprites, ground.latents.size, number) for number in range(len(drawn)))
+    pictures = np.stack([render(scene, sprites) for scene in scenes]) if stage.step < steps else np.empty(0)
+    while stage.step < steps:
+        picks = seeded("decoder", seed, stage.number).choices(range(len(drawn)), k=batch)
+        pixels = to_pixels(pictures[picks]).to(run.device, memory_format=torch.channels_last)
+        latents = torch.from_numpy(drawn[picks]).float()
+        latents += LATENT_NOISE * torch.randn(latents.shape)
+        with torch.autocast(run.kind, torch.bfloat16):
+            again = vae.decode((latents / vae.config.scaling_factor).to(run.device)).float()
+        losses = reconstruction_losses(pixels, again)
+        if stage.step >= after:
+            losses |= adversarial(judge, pixels, again, torch.stack(list(losses.values())).sum())
+        stage.update(losses)
+    decoding.load_state_dict(stage.average["decoding"].state_dict())
+    return vae.eval()
