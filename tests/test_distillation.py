@@ -324,7 +324,7 @@ def test_a_student_may_predict_the_clean_latent_where_its_teacher_predicts_noise
     for name, tensor in once.items():
         torch.testing.assert_close(twice[name], tensor, atol=2e-3, rtol=2e-3)
     with Image.open(tmp_path / "a/1/sheet-000004.jpg") as drawn:
-        assert drawn.size == (8 * 256, 256)
+        assert drawn.size == (8 * 32, 32)
 
 
 def test_a_run_whose_time_is_up_keeps_what_it_did(ground: Ground, tmp_path: Path) -> None:
