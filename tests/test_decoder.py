@@ -1,6 +1,7 @@
 """The decoder taught on: what it learns from is what the UNet leaves, and each side of it learns by its own losses."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from small_ground import small_ground, small_sprites
+from small_sdxl import FAST
 
+from fulgurite.models import TinyDecoder
 from fulgurite.sampling import trailing_schedule
-from fulgurite.training import decoder
+from fulgurite.training import decoder, recipe
 from fulgurite.training.decoder import (
     BACK,
-    JUDGED_AFTER,
-    JUDGES_SHARE,
     STEPS,
     PictureJudge,
     adversarial,
@@ -22,9 +23,9 @@ from fulgurite.training.decoder import (
     refine_decoder,
 )
 from fulgurite.training.distil import Ground
-from fulgurite.training.latents import LatentSet, scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.vae import reconstruction_losses
+from fulgurite.weights.load import load_vae
 
 
 @pytest.fixture
@@ -53,14 +54,14 @@ def test_latents_are_walked_back_from_each_of_the_last_steps_and_made_once(
         assert context == (2, 24, 80)
     assert len(walks) == BACK
     np.testing.assert_array_equal(as_drawn(ground, tmp_path / "drawn"), drawn)
-    assert len(walks) == BACK
-    as_drawn(replace(ground, vae=small_ground(tmp_path, 1).vae.requires_grad_(False).apply(blank)), tmp_path / "drawn")
-    assert len(walks) == 2 * BACK  # of another encoder
-
-
-def blank(module: torch.nn.Module) -> None:
-    for parameter in module.parameters(recurse=False):
-        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        ground.vae.decoder.conv_in.weight.zero_()
+    as_drawn(ground, tmp_path / "drawn")
+    assert len(walks) == BACK  # not of the decoder
+    with torch.no_grad():
+        next(ground.encoders[0].parameters()).zero_()
+    as_drawn(ground, tmp_path / "drawn")
+    assert len(walks) == 2 * BACK  # but of the text encoders
 
 
 def test_each_side_learns_by_its_own_loss() -> None:
@@ -68,11 +69,14 @@ def test_each_side_learns_by_its_own_loss() -> None:
     judge, renders = PictureJudge(), torch.rand(2, 3, 64, 64) * 2 - 1
     again = (renders + 0.3 * torch.randn_like(renders)).requires_grad_()
     errors = reconstruction_losses(renders, again)["squared"]
-    losses = adversarial(judge, renders, again, errors)
+    losses = adversarial(judge, renders, again, errors, 0.5)
     (asked,) = torch.autograd.grad(errors, again, retain_graph=True)
-    (wanted,) = torch.autograd.grad(losses["adversarial"], again)
-    assert wanted.norm() == pytest.approx(JUDGES_SHARE * asked.norm().item(), rel=1e-3)
+    losses["adversarial"].backward()
     assert all(parameter.grad is None for parameter in judge.parameters())
+    slope, again.grad = again.grad, None
+    assert slope.norm() == pytest.approx(0.5 * asked.norm().item(), rel=1e-3)
+    nearer = (again - 0.02 * slope / slope.abs().max()).detach().requires_grad_()
+    assert adversarial(judge, renders, nearer, nearer.sum(), 0.5)["adversarial"] < losses["adversarial"]
     (losses["judge"] + losses["unsteady"]).backward()
     assert again.grad is None
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in judge.parameters())
@@ -85,7 +89,7 @@ def test_a_judge_comes_to_tell_renders_from_what_is_blurred() -> None:
     for _ in range(30):
         renders = (torch.rand(4, 3, 8, 8) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
         again = torch.nn.functional.avg_pool2d(renders, 5, 1, 2).requires_grad_()
-        losses = adversarial(judge, renders, again, again.square().mean())
+        losses = adversarial(judge, renders, again, again.square().mean(), 1.0)
         (losses["judge"] + losses["unsteady"]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -93,18 +97,59 @@ def test_a_judge_comes_to_tell_renders_from_what_is_blurred() -> None:
     assert judge(again)[0].mean() < -0.5
 
 
-def test_the_decoder_learns_on_and_goes_on_where_it_stopped(ground: Ground, tmp_path: Path) -> None:
-    """From the latents of scenes alike, what they are can be learned; the encoder stays, and so do latents."""
-    sprites, encoder = small_sprites(), {name: x.clone() for name, x in ground.vae.encoder.state_dict().items()}
-    scenes = [scene_at(sprites, ground.latents.size, number) for number in range(10)]
-    drawn = np.random.default_rng(0).standard_normal((10, 4, 16, 16)).astype(np.float16)
-    ground = replace(ground, latents=LatentSet(ground.latents.size, drawn, scenes))
-    with pytest.raises(TimeIsUpError):
-        refine_decoder(drawn, replace(ground, run=Run(until=0)), sprites, tmp_path / "decoder", 100)
-    vae = refine_decoder(drawn, ground, sprites, tmp_path / "decoder", 100)
+def test_a_decoder_that_stopped_goes_on_to_the_same_one_beside_the_same_encoder(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops once before there is a judge, and once after."""
+    drawn, before = ground.latents.latents, deepcopy(ground.vae)
+    whole = replace(ground, vae=deepcopy(before))
+    refine_decoder(drawn, whole, small_sprites(), tmp_path / "whole", 6)
+    over = iter([False, True, False, False, True, False])
+    monkeypatch.setattr(Run, "over", lambda run: next(over))
+    for at in (2, 5):
+        with pytest.raises(TimeIsUpError, match=f"at step {at} of 6"):
+            refine_decoder(drawn, replace(ground, vae=deepcopy(before)), small_sprites(), tmp_path / "parts", 6)
+    refine_decoder(drawn, ground, small_sprites(), tmp_path / "parts", 6)
+    weights = whole.vae.state_dict()
+    for name, tensor in ground.vae.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+        learns = name.startswith(("decoder", "post_quant_conv"))
+        assert torch.equal(tensor, before.state_dict()[name]) != learns, name
+
+
+def test_a_decoder_learns_what_scenes_look_like(ground: Ground, tmp_path: Path) -> None:
+    """At first by itself, then against a judge."""
+    refine_decoder(ground.latents.latents, ground, small_sprites(), tmp_path / "decoder", 100)
     log = [json.loads(line) for line in (tmp_path / "decoder/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [50, 100]
     assert ["judge" in row for row in log] == [False, True]
-    assert 50 < JUDGED_AFTER * 100 < 100
     assert log[1]["squared"] < 0.8 * log[0]["squared"]
-    assert all(torch.equal(x, encoder[name]) for name, x in vae.encoder.state_dict().items())
+
+
+def test_the_fast_decoder_learns_from_the_decoder_as_it_came_to_be(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are written beside the model, and neither is taken for what another decoder came to be."""
+    taught: list[Path] = []
+    monkeypatch.setattr(recipe, "refine_decoder", lambda drawn, ground, *_: ground.vae.decoder.apply(blank))
+
+    def train_fast_decoder(drawn, vae, config, folder, steps, run):
+        assert not vae.decoder.conv_out.weight.any() or not taught
+        taught.append(folder)
+        return TinyDecoder(config)
+
+    monkeypatch.setattr(recipe, "train_fast_decoder", train_fast_decoder)
+    config = replace(ground.card, fast_decoder=FAST)
+    ground, preset = replace(ground, card=config), recipe.PRESETS["cpu"]
+    recipe.fast_decoder(tmp_path, tmp_path / "out", preset, ground)
+    recipe.decoders(tmp_path, tmp_path / "out", preset, ground, small_sprites())
+    assert len(set(taught)) == 2
+    written = load_vae(tmp_path / "out/vae/diffusion_pytorch_model.safetensors", ground.card, "cpu", torch.float32)
+    assert not written.decoder.conv_out.weight.any()
+    assert written.encoder.conv_out.weight.any()
+    assert (tmp_path / "out/fast_decoder/diffusion_pytorch_model.safetensors").exists()
+
+
+def blank(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        torch.nn.init.zeros_(parameter)

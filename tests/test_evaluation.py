@@ -210,3 +210,15 @@ def test_styles_that_come_are_counted(judged: Judged, tmp_path: Path, monkeypatc
     ]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| way, held out", "| way, shown"]
     assert (tmp_path / "evaluation/styles.md").read_text().splitlines()[2:] == rows
+
+
+def test_a_close_up_is_a_part_of_the_picture_as_it_is_at_a_place_of_its_numbers() -> None:
+    across, down = torch.meshgrid(torch.arange(320), torch.arange(256), indexing="xy")
+    pictures = torch.stack([across, down, across]).expand(6, 3, 256, 320)
+    parts = reader.close_up(pictures, 3)
+    assert parts.shape == (6, 3, 64, 64)
+    for left, top in parts[:, :2, 0, 0].tolist():
+        assert (64 <= left <= 192, 48 <= top <= 144) == (True, True)  # about the middle
+    assert torch.equal(parts - parts[:, :, :1, :1], (pictures - pictures[:, :, :1, :1])[:, :, :64, :64])
+    assert len({tuple(place) for place in parts[:, :2, 0, 0].tolist()}) == 6
+    assert torch.equal(reader.close_up(pictures[2:], 5), parts[2:])

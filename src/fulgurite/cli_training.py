@@ -112,7 +112,7 @@ def distil(
 @train.command()
 def decoder(
     work: Work,
-    out: Annotated[Path, typer.Option(help="Where the folders vae and fast_decoder go.")] = Path("spark"),
+    out: Annotated[Path, typer.Option(help="Where the folders vae and fast_decoder go.")] = Path("spark-decoders"),
     model: Model = EMBEDDED / "spark",
     preset: Named = "cpu",
     minutes: Minutes = inf,
@@ -128,7 +128,7 @@ def decoder(
 @train.command()
 def fast_decoder(
     work: Work,
-    out: Annotated[Path, typer.Option(help="Where the folder fast_decoder goes.")] = Path("spark"),
+    out: Annotated[Path, typer.Option(help="Where the folder fast_decoder goes.")] = Path("spark-decoders"),
     model: Model = EMBEDDED / "spark",
     preset: Named = "cpu",
     minutes: Minutes = inf,

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from fulgurite.models import VAE
 from fulgurite.sampling import trailing_schedule
 from fulgurite.training.discriminator import judge_loss, student_loss, unsteadiness
 from fulgurite.training.distil import STEADY, Ground, begun, network
 from fulgurite.training.fingerprint import fingerprint
-from fulgurite.training.latents import FEW, said, scene_at
+from fulgurite.training.latents import said, scene_at
 from fulgurite.training.loop import Part, Stage
 from fulgurite.training.scenes import no_caption, render
 from fulgurite.training.sources import Sprites
@@ -30,8 +29,8 @@ LESSONS = 8000  # scenes, at most
 STEPS, BACK = 8, 4  # of the schedule; and how many of its last the latents are walked, at most
 LATENT_NOISE = 0.05  # of unit scale, besides
 JUDGED_AFTER = 0.55  # of the updates: before, the judge would learn what pixels' errors mend anyway
-JUDGES_SHARE = 0.3  # of what pixels' errors ask of a picture, how much the judge does
-MATCHING = 5.0  # weight of that features match, within that
+RISE = 300  # updates, over which what the judge asks for comes to weigh as much as pixels' errors
+MATCHING = 5.0  # weight of that features match, beside that pictures are taken for renders
 NEAR = 0.05  # noise, of renders, within which the judge is to say the same
 PEAK, JUDGES_PEAK = 5e-4, 4e-4  # learning rates
 
@@ -41,13 +40,14 @@ def as_drawn(ground: Ground, folder: Path) -> np.ndarray:
 
     Made once, then read back from ``folder``.
     """
-    vae, shown = ground.vae, ground.latents
-    made_of = fingerprint(ground.unet, vae.encoder, vae.quant_conv, shown.scenes[:FEW])
-    path = folder / f"drawn-{min(LESSONS, len(shown.latents))}-{made_of}.npy"
+    latents = ground.latents.latents[:LESSONS]
+    walks = STEPS, BACK, ground.batch, ground.card.guidance_strength
+    made_of = fingerprint(latents, ground.unet, *ground.encoders, *walks)
+    path = folder / f"drawn-{len(latents)}-{made_of}.npy"
     with PartialState().main_process_first():
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, drawn_again(ground, shown.latents[:LESSONS]))
+            np.save(path, drawn_again(ground, latents))
     return np.load(path)
 
 
@@ -93,30 +93,25 @@ class PictureJudge(nn.Module):
         return self.conv_out(features[-1]), features
 
 
-def judged(judge: PictureJudge, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-    with torch.autocast(pictures.device.type, torch.bfloat16):
-        logits, features = judge(pictures)
-    return logits.float(), [found.float() for found in features]
-
-
-def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Tensor) -> dict[str, Tensor]:
+def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Tensor, share: float) -> dict[str, Tensor]:
     """Both sides' losses on decoded pictures ``again``; each reaches its own side's weights alone.
 
     The decoder's are that it be taken for renders, and that the judge find in it what it finds in the render (feature
-    matching: arXiv 1711.11585, section 3.2). They move a picture by a share of what pixels' ``errors`` do, as in arXiv
-    2012.09841, section 3.2, but at the pixels.
+    matching: arXiv 1711.11585, section 3.2). They move pictures by a share of what pixels' ``errors`` do, as in arXiv
+    2012.09841, section 3.2, but at the pixels. All in float32: in bfloat16 on a CPU a judge's gradients were at times
+    not numbers.
     """
     shown = again.detach().requires_grad_()
-    fooled, mine = judged(judge, shown)
+    fooled, mine = judge(shown)
     with torch.no_grad():
-        _, wanted = judged(judge, renders)
+        _, wanted = judge(renders)
     unlike = torch.stack([(a - b).abs().mean() for a, b in zip(mine, wanted, strict=True)]).mean()
     taken = student_loss([fooled])
     (slope,) = torch.autograd.grad(taken + MATCHING * unlike, shown)
     (asked,) = torch.autograd.grad(errors, again, retain_graph=True)
-    slope *= JUDGES_SHARE * asked.norm() / slope.norm().clamp_min(1e-12)
+    slope *= share * asked.norm() / slope.norm().clamp_min(1e-12)
     near = renders + NEAR * torch.randn_like(renders)
-    logits, _ = judged(judge, torch.cat([renders, shown.detach(), near]))
+    logits, _ = judge(torch.cat([renders, shown.detach(), near]))
     real, fake, still = logits.chunk(3)
     return {
         "adversarial": taken.detach() + ((again - shown.detach()) * slope).sum(),
@@ -127,8 +122,8 @@ def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Ten
 
 def refine_decoder(
     drawn: np.ndarray, ground: Ground, sprites: Sprites, folder: Path, steps: int, batch: int = 4, seed: int = 1
-) -> VAE:
-    """Trains the decoder of the ground's VAE in ``folder``, going on from its checkpoint.
+) -> None:
+    """Trains the decoder of the ground's VAE, in place; in ``folder``, going on from its checkpoint.
 
     ``drawn``: latents of the ground's first scenes, those of ``as_drawn``. On whole pictures: group norms see all of a
     picture at once, so a decoder that knows crops alone gets colours wrong.
@@ -140,19 +135,20 @@ def refine_decoder(
     networks = nn.ModuleDict({"decoding": decoding, "judge": judge})
     networks.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = {"decoding": Part(PEAK), "judge": Part(JUDGES_PEAK, after)}
-    stage = Stage(folder, networks, PEAK, steps, decay=0.998, parts=parts, run=run)
-    scenes = (scene_at(sprites, ground.latents.size, number) for number in range(len(drawn)))
-    pictures = np.stack([render(scene, sprites) for scene in scenes]) if stage.step < steps else np.empty(0)
+    stage = Stage(folder, networks, parts, steps, decay=0.998, run=run)
     while stage.step < steps:
         picks = seeded("decoder", seed, stage.number).choices(range(len(drawn)), k=batch)
-        pixels = to_pixels(pictures[picks]).to(run.device, memory_format=torch.channels_last)
+        scenes = [scene_at(sprites, ground.latents.size, number) for number in picks]
+        pixels = to_pixels(np.stack([render(scene, sprites) for scene in scenes]))
+        pixels = pixels.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         latents = torch.from_numpy(drawn[picks]).float()
         latents += LATENT_NOISE * torch.randn(latents.shape)
         with torch.autocast(run.kind, torch.bfloat16):
             again = vae.decode((latents / vae.config.scaling_factor).to(run.device)).float()
         losses = reconstruction_losses(pixels, again)
         if stage.step >= after:
-            losses |= adversarial(judge, pixels, again, torch.stack(list(losses.values())).sum())
+            errors, share = torch.stack(list(losses.values())).sum(), min(1.0, (stage.step - after) / RISE)
+            losses |= adversarial(judge, pixels, again, errors, share)
         stage.update(losses)
     decoding.load_state_dict(stage.average["decoding"].state_dict())
-    return vae.eval()
+    vae.requires_grad_(False).eval()

@@ -262,12 +262,11 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     stage = Stage(
         folder,
         networks,
-        plan.peak,
+        parts,
         plan.updates,
         decay=0.99 ** (1 / judging.turns),
         save_every=SAVE_EVERY,
         momentum=MOMENTUM if judge else 0.9,
-        parts=parts,
         run=ground.run,
     )
 

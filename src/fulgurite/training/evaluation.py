@@ -132,7 +132,7 @@ class Judged:
         """``steps``: of the judge's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
-        self.data = fingerprint(self.scenes, steps)
+        self.data = fingerprint(self.scenes, steps, "whole", "close up")
         self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
         self.reader = train_reader(sprites, folder / f"reader-{self.data}", steps, run)
         self.captions = [caption(scene, rng) for scene in self.scenes]

@@ -3,12 +3,16 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 
 def fingerprint(*parts: object) -> str:
-    """Eight digits, others where a part is: a file by what is in it, a network by its weights, else by its ``repr``."""
+    """Eight digits, others where a part is: a file by what is in it, a network by its weights, an array by its numbers.
+
+    Anything else by its ``repr``.
+    """
     told = hashlib.sha256()
     for part in parts:
         match part:
@@ -18,6 +22,8 @@ def fingerprint(*parts: object) -> str:
                 for name, tensor in part.state_dict().items():
                     told.update(name.encode())
                     told.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            case np.ndarray():
+                told.update(part.tobytes())
             case _:
                 told.update(repr(part).encode())
         told.update(b"\0")

@@ -79,28 +79,27 @@ class Part:
 class Stage:
     """One stage's networks, optimizer and averaged weights, kept in ``folder`` so that a run can go on.
 
-    The average (EMA) is what ships: it is a few points better than the last step's weights. ``parts`` are what learns,
-    by the names of networks or of what is in them, where not all of it learns alike. Files are written by the first
-    process alone.
+    The average (EMA) is what ships: it is a few points better than the last step's weights. ``peak`` is the highest
+    learning rate, or where not all learns alike a part of its own for each network, or what is in one, by its name.
+    Files are written by the first process alone.
     """
 
     def __init__(
         self,
         folder: Path,
         networks: nn.ModuleDict,
-        peak: float,
+        peak: float | dict[str, Part],
         steps: int,
         decay: float,
         save_every: int = 500,
         momentum: float = 0.9,
-        parts: dict[str, Part] | None = None,
         run: Run = HERE,
     ) -> None:
         self.folder, self.networks, self.steps, self.decay = folder, networks, steps, decay
         self.save_every, self.run, self.processes = save_every, run, PartialState()
         self.average = deepcopy(networks).requires_grad_(False)
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
-        self.parts = parts or {"": Part(peak)}
+        self.parts = peak if isinstance(peak, dict) else {"": Part(peak)}
         groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
         self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.99), weight_decay=0.01, fused=True)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()

@@ -107,9 +107,7 @@ def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) ->
     networks = nn.ModuleDict({"reader": reader})
     stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.99, save_every=100, run=run)
     scenes = scenes_of(sprites, "reader", PICTURES)
-    pictures = (
-        torch.cat([seen(rendered([scene], sprites)) for scene in scenes]) if stage.step < steps else torch.empty(0)
-    )
+    pictures = seen_renders(scenes, sprites) if stage.step < steps else torch.empty(0)
     while stage.step < steps:
         rng = random.Random(f"reader {stage.number}")
         picks = rng.sample(range(PICTURES), 128)

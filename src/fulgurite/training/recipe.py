@@ -1,4 +1,4 @@
-"""The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, fast decoder, students."""
+"""The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, decoders, students."""
 
 import json
 import random
@@ -17,6 +17,7 @@ from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
@@ -61,7 +62,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         "cpu", True, FIRST, vae_steps=1150, scenes=24_000, text_steps=2500, teacher_steps=15_000, batch=32,
-        decoder_steps=1500, fast_decoder_steps=5500, distillations=QUICK,
+        decoder_steps=5000, fast_decoder_steps=5500, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
@@ -120,10 +121,12 @@ def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: s
 
 def decoders(work: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> None:
     """Trains the ground's decoder on, then the card's fast one from it; writes both into the model's folder ``out``."""
-    vae = refine_decoder(as_drawn(ground, work / "drawn"), ground, sprites, work / "decoder", preset.decoder_steps)
+    drawn = as_drawn(ground, work / "drawn")
+    folder = work / f"decoder-{fingerprint(drawn, ground.vae)}"
+    refine_decoder(drawn, ground, sprites, folder, preset.decoder_steps)
     if PartialState().is_main_process:
         # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
-        save_network(vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
+        save_network(ground.vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
     fast_decoder(work, out, preset, ground)
 
 
@@ -131,9 +134,8 @@ def fast_decoder(work: Path, out: Path, preset: Preset, ground: Ground) -> None:
     """Trains the card's fast decoder from the ground's, and writes it into the model's folder ``out``."""
     config, drawn = ground.card.fast_decoder, as_drawn(ground, work / "drawn")
     assert config
-    decoder = train_fast_decoder(
-        drawn, ground.vae, config, work / "fast_decoder", preset.fast_decoder_steps, ground.run
-    )
+    folder = work / f"fast_decoder-{fingerprint(drawn, ground.vae)}"
+    decoder = train_fast_decoder(drawn, ground.vae, config, folder, preset.fast_decoder_steps, ground.run)
     if PartialState().is_main_process:
         save_network(decoder, out / FAST_DECODER_FILE)
     PartialState().wait_for_everyone()

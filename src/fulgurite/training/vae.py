@@ -1,7 +1,7 @@
-"""Stage one: the autoencoder (Rombach et al., arXiv 2112.10752, section 3.1), without the adversarial part,
-which comes later (``decoder.py``).
+"""Stage one: the autoencoder (Rombach et al., arXiv 2112.10752, section 3.1).
 
-Vector art is flat areas with sharp edges: an absolute error on pixels and on their differences keeps both.
+Vector art is flat areas with sharp edges: an absolute error on pixels and on their differences keeps both. The
+adversarial part comes when there is a UNet (``decoder.py``).
 """
 
 import random
