@@ -6,7 +6,7 @@ import io
 import logging
 import sqlite3
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -363,6 +363,32 @@ def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
     wrong = ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0})
     for each in (*wrong, {"name": "x", "expires_at": "9999-12-31T23:59:59-05:00"}):
         assert client.post(keys, json=each, headers=admin).status_code == 422
+
+
+def test_of_a_new_key_nothing_is_converted(client: TestClient, ledger: Ledger) -> None:
+    _, secret = ledger.keys.create("the operator", admin=True)
+    admin = {"Authorization": f"Bearer {secret}"}
+
+    def made(**given: Any) -> httpx.Response:
+        return client.post("/api/v1/admin/keys", json={"name": "Zoë"} | given, headers=admin)
+
+    converted = [
+        {"admin": "yes"},
+        {"admin": 1},
+        {"requests_per_minute": "5"},
+        {"pictures_in_flight": 5.0},
+        {"credit_microdollars": True},
+        {"expires_at": 4922899200},
+        {"expires_at": "2126-01-01T00:00:00"},
+    ]
+    for each in converted:
+        refused = made(**each)
+        assert (code(refused), refused.json()["error"]["param"]) == ((422, "invalid_parameter"), *each)
+    for moment in ("2126-01-01T00:00:00Z", "2126-01-01T01:00:00+01:00", "2126-01-01T00:00:00.000Z"):
+        key = made(expires_at=moment, models=[SPARK], admin=True).json()
+        assert datetime.fromisoformat(key["expires_at"]) == datetime(2126, 1, 1, tzinfo=UTC)
+        assert (key["models"], key["admin"]) == ([SPARK], True)
+    assert made(expires_at=None, models=None).status_code == 201
 
 
 def test_a_stranger_is_refused_before_a_byte_of_the_body_is_read(client: TestClient) -> None:

@@ -12,7 +12,7 @@ from conftest import KEY, SPARK, FakeEngine
 from PIL import Image
 
 from fulgurite import APIError, AsyncClient, Client, Picture, Request, client
-from fulgurite.errors import RequestError
+from fulgurite.errors import BusyError, RequestError
 from fulgurite.ledger import Ledger
 
 Answers = list[httpx.Response | Exception]
@@ -124,6 +124,11 @@ def test_what_passes_is_tried_again_under_one_key(draw: Callable[..., client.Dra
             1,
             "Pull it",
         ),
+        (
+            lambda: httpx.Response(500, json={"error": {"code": "not_finite", "message": "No numbers."}}),
+            5,
+            "No numbers",
+        ),
         (lambda: httpx.Response(503, json={"error": {"code": ["odd"], "message": "Odd."}}), 5, "Odd"),
         (lambda: httpx.Response(404, text="<html>"), 1, "http://host/api/v1 answered 404 Not Found"),
         (lambda: httpx.Response(502, text="<html>"), 5, "answered 502 Bad Gateway"),
@@ -138,6 +143,12 @@ def test_what_does_not_pass_is_an_error(
     with pytest.raises(APIError, match=said):
         draw("http://host/api/v1", "k", scripted([answer() for _ in range(9)], seen))
     assert len(seen) == tries
+
+
+def test_a_seed_that_gives_no_picture_is_not_tried_again(draw: Callable[..., client.Drawn]) -> None:
+    answer = httpx.Response(500, json={"error": {"code": "not_finite", "message": "No numbers."}})
+    with pytest.raises(APIError, match="No numbers"):
+        draw("http://host/api/v1", "k", scripted([answer], []), seed=0)
 
 
 def test_an_answer_lost_on_its_way_is_given_again_and_billed_once(
@@ -181,14 +192,63 @@ def test_what_goes_wrong_in_a_stream(draw: Callable[..., client.Drawn], address:
     assert (refused.value.status, refused.value.code) == (422, "invalid_parameter")
 
 
-def test_a_stream_that_ends_early_is_tried_again(draw: Callable[..., client.Drawn]) -> None:
-    done = b'event: done\ndata: {"seed": "5", "picture": "data:image/png;base64,eHl6"}\n\n'
-    events = {"Content-Type": "text/event-stream; charset=utf-8"}
+def test_a_busy_stream_is_come_back_to_as_it_is_told(
+    draw: Callable[..., client.Drawn], address: str, engine: FakeEngine, waited: list[float]
+) -> None:
+    def busy(model: str, request: Request) -> Picture:
+        raise BusyError("All places are taken.", 60)
+
+    engine.answer = busy
+    with pytest.raises(APIError, match="All places") as refused:
+        draw(address + "/api/v1", KEY, on_step=print, model=SPARK)
+    assert (refused.value.status, refused.value.code) == (503, "busy")
+    assert len(refused.value.request_id) == 32
+    assert waited == [60.0] * 4
+
+
+EVENTS = {"Content-Type": "text/event-stream; charset=utf-8"}
+DONE = b'event: done\ndata: {"seed": "5", "picture": "data:image/png;base64,eHl6"}\n\n'
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'event: queued\ndata: {"position": 0}\n\n',
+        b"event: step\ndata: {nonsense\n\n",
+        b'event: step\ndata: {"step": 1}\n\n',
+        b'event: done\ndata: ["picture"]\n\n',
+        b'event: done\ndata: {"picture": null}\n\n',
+        b'event: done\ndata: {"picture": "eHl6"}\n\n',
+        b'event: done\ndata: {"picture": "data:image/png;base64,eHl"}\n\n',
+        b'event: done\ndata: {"seed": "five", "picture": "data:image/png;base64,eHl6"}\n\n',
+        b'event: error\ndata: {"error": {"code": "busy", "message": "full"}}\n\n',
+        b'event: error\ndata: {"status": 200, "error": {"code": "busy", "message": "full"}}\n\n',
+        b'event: error\ndata: {"status": "503", "error": {"code": "busy", "message": "full"}}\n\n',
+    ],
+)
+def test_a_stream_that_ends_early_or_is_garbled_is_tried_again(
+    draw: Callable[..., client.Drawn], waited: list[float], sent: bytes
+) -> None:
     answers: Answers = [
-        httpx.Response(200, content=b'event: queued\ndata: {"position": 0}\n\n', headers=events),
-        httpx.Response(200, content=b": still here\n\n" + done, headers=events),
+        httpx.Response(200, content=sent, headers=EVENTS),
+        httpx.Response(200, content=b": still here\n\n" + DONE, headers=EVENTS),
     ]
     seen: list[httpx.Request] = []
     picture = draw("http://host/api/v1", "k", scripted(answers, seen), on_step=print)
     assert (picture.content, picture.seed, picture.media_type) == (b"xyz", 5, "image/png")
     assert len({request.headers["Idempotency-Key"] for request in seen}) == 1
+    assert len(waited) == 1
+
+
+def test_a_caller_s_own_error_is_not_taken_for_the_stream_s(draw: Callable[..., client.Drawn]) -> None:
+    def mistaken(step: client.Step) -> None:
+        raise ValueError("the caller's")
+
+    sent = b'event: step\ndata: {"step": 1, "steps": 2, "preview": null}\n\n'
+    with pytest.raises(ValueError, match="the caller's"):
+        draw(
+            "http://host/api/v1",
+            "k",
+            scripted([httpx.Response(200, content=sent, headers=EVENTS)], []),
+            on_step=mistaken,
+        )

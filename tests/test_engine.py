@@ -197,6 +197,40 @@ def test_what_a_step_held_is_free_when_it_is_tried_again() -> None:
     assert len(held) == 2
 
 
+def test_what_a_failed_stage_held_is_free_while_the_engine_waits() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def on(stage: str, rows: Sequence[Row]) -> None:
+        tensor = torch.zeros(8)
+        held.append(weakref.ref(tensor))
+        raise ZeroDivisionError("no picture")
+
+    with closing(engine_of(Blank(on))) as engine:
+        assert engine.submit(SPARK, FOX).exception(20)
+        deadline = time.monotonic() + 20
+        while any(tensor() is not None for tensor in held):
+            gc.collect()
+            assert time.monotonic() < deadline
+
+
+def test_a_device_that_fails_is_told_of_until_a_stage_works_again(caplog: pytest.LogCaptureFixture) -> None:
+    def on(stage: str, rows: Sequence[Row]) -> None:
+        if rows[0].request.prompt == "broken":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if rows[0].request.prompt == "bug":
+            raise ZeroDivisionError
+
+    with closing(engine_of(Blank(on))) as engine:
+        with pytest.raises(DeviceError, match="this picture is lost"):
+            engine.submit(SPARK, replace(FOX, prompt="broken")).result(20)
+        assert engine.state() == "failed"
+        assert "illegal memory access" in caplog.text
+        assert engine.submit(SPARK, replace(FOX, prompt="bug")).exception(20)
+        assert engine.state() == "failed"
+        assert engine.submit(SPARK, FOX).result(20)
+        assert engine.state() == "ready"
+
+
 @pytest.mark.parametrize("stage", ["start", "finish"])
 def test_out_of_memory_at_any_stage_makes_room_or_is_its_own_jobs_error(stage: str) -> None:
     """Once memory is short for "tight", until the other checkpoints went; for "huge" it always is."""

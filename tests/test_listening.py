@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.client import HTTPResponse
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def is_hung_up(connection: socket.socket) -> bool:
         return connection.recv(1000) == b""
     except ConnectionResetError:
         return True
+
+
+def status_of_answer(connection: socket.socket) -> int:
+    """Reads the whole answer."""
+    with HTTPResponse(connection) as answer:
+        answer.begin()
+        answer.read()
+        return answer.status
 
 
 def port_of(address: str) -> int:
@@ -142,6 +151,47 @@ def test_nor_a_second_request_that_never_ends(address: str, monkeypatch: pytest.
         assert b'{"state":"ready"}' in connection.recv(10_000)
         connection.sendall(b"GET /readyz HT")
         assert is_hung_up(connection)
+
+
+ANSWERED = [  # requests, and what may come after their answer that begins no other
+    pytest.param(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n", id="an empty line"),
+    pytest.param(b"POST /api/v1 HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"x" * 9, id="a body unread"),
+]
+
+
+@pytest.mark.parametrize(("asked", "after"), ANSWERED)
+def test_nor_a_second_request_that_never_begins(
+    address: str, monkeypatch: pytest.MonkeyPatch, asked: bytes, after: bytes
+) -> None:
+    monkeypatch.setattr(listening, "HEAD_SECONDS", 0.2)
+    with connected(port_of(address)) as silent, connected(port_of(address)) as busy:
+        for connection in (silent, busy):
+            connection.sendall(asked)
+            assert status_of_answer(connection) in (200, 401)
+            connection.sendall(after[:1])
+        with pytest.raises(ConnectionError):
+            wait_until(lambda: busy.sendall(b"\r\n"))
+        assert is_hung_up(silent)
+
+
+@pytest.mark.parametrize(("asked", "after"), ANSWERED)
+def test_but_one_that_begins_is_served(
+    address: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, asked: bytes, after: bytes
+) -> None:
+    """Though its body comes slowly, and its picture takes long."""
+    monkeypatch.setattr(listening, "HEAD_SECONDS", 0.5)
+    engine.answer = lambda model, request: time.sleep(0.5) or drawn(model, request)
+    content = json.dumps(body()).encode()
+    with connected(port_of(address)) as connection:
+        connection.sendall(asked)
+        assert status_of_answer(connection) in (200, 401)
+        connection.sendall(after)
+        time.sleep(0.1)
+        connection.sendall(HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode())
+        for part in (content[:1], content[1:]):
+            time.sleep(0.3)
+            connection.sendall(part)
+        assert status_of_answer(connection) == 200
 
 
 def test_a_body_that_never_ends(address: str, monkeypatch: pytest.MonkeyPatch, engine: FakeEngine) -> None:

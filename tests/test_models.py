@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fulgurite.cards import card, cards
+from fulgurite.errors import RequestError
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
 from fulgurite.models.layers import VectorLinear
+from fulgurite.request import Request, plan
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 LIGHTNING = card("bytedance/stable-diffusion-xl-lightning")
@@ -24,6 +26,15 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def loaded(network: nn.Module, oracle: nn.Module) -> nn.Module:
     network.load_state_dict(small.published_names(oracle))
     return network.eval()
+
+
+def test_a_request_runs_the_largest_schedule_that_it_allows_and_never_more():
+    assert [LIGHTNING.steps_for(most) for most in (1, 3, 7, 20)] == [1, 2, 4, 8]
+    eight = replace(LIGHTNING, schedules=(8,))
+    assert plan(eight, Request("a fox", num_steps=8)).steps == 8
+    with pytest.raises(RequestError, match="needs at least 8") as refused:
+        plan(eight, Request("a fox", num_steps=7))
+    assert refused.value.param == "num_steps"
 
 
 # At SDXL's sizes, on the meta device, where weights take no memory.

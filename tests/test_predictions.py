@@ -1,7 +1,9 @@
 """Pictures asked for now and fetched later."""
 
 import asyncio
+import gc
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +11,7 @@ import httpx
 import pytest
 from conftest import HEADERS, FakeEngine, body, drawn
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from fulgurite import Picture, Request
 from fulgurite.errors import BusyError
@@ -67,6 +70,35 @@ def test_put_again_is_the_same_picture(client: TestClient, engine: FakeEngine, l
     assert len(engine.jobs) == len(ledger.entries()) == 1
     other = client.put(f"{URL}/my-own-id", json=body(prompt="a cat"))
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+
+
+def test_of_what_failed_the_log_has_more_and_the_device_keeps_nothing(
+    client: TestClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the engine has it: a bug that came of another, whose frames hold what a stage had in memory."""
+    kept: list[weakref.ref[object]] = []
+
+    def stage() -> None:
+        row = Image.new("RGB", (8, 8))
+        kept.append(weakref.ref(row))
+        raise ZeroDivisionError("no step")
+
+    def fails(*_: object) -> Picture:
+        try:
+            stage()
+        except ZeroDivisionError as error:
+            raise RuntimeError("drawing failed") from error
+        raise AssertionError
+
+    engine.answer = fails
+    begun = client.post(URL, json=body(), headers=ASYNC)
+    assert status_when(client, begun.json()["id"], "failed")["error"]["code"] == "internal_error"
+    assert begun.headers["x-request-id"] in caplog.text
+    assert "ZeroDivisionError: no step" in caplog.text
+    kept.append(weakref.ref(engine.futures.pop()))
+    caplog.clear()
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
 
 
 def test_put_joins_what_runs(client: TestClient, engine: FakeEngine) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -58,14 +59,26 @@ def test_a_retry_without_streaming_is_the_same_picture(client: TestClient, engin
     assert len(engine.jobs) == len(ledger.entries()) == 1
 
 
-def test_what_goes_wrong_is_the_last_event(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:
-    def busy(model: str, request: Request) -> Picture:
-        raise BusyError("All places are taken.", 1)
+def test_what_goes_wrong_is_the_last_event(
+    client: TestClient, engine: FakeEngine, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(error: Exception) -> Callable[[str, Request], Picture]:
+        def answer(model: str, request: Request) -> Picture:
+            raise error
 
-    engine.answer = busy
-    name, data = parsed(client.post("/api/v1", json=body() | {"stream": True}).text)[-1]
-    assert (name, data["error"]["code"]) == ("error", "busy")
-    assert [entry.outcome for entry in ledger.entries()] == ["refused"]
+        return answer
+
+    for error, code, seconds in (
+        (BusyError("All places are taken.", 7), "busy", 7),
+        (KeyError(), "internal_error", None),
+    ):
+        engine.answer = failing(error)
+        answer = client.post("/api/v1", json=body() | {"stream": True})
+        name, data = parsed(answer.text)[-1]
+        assert (name, data["error"]["code"], data["retry_after"]) == ("error", code, seconds)
+        assert data["request_id"] == answer.headers["x-request-id"]
+        assert (data["request_id"] in caplog.text) == (code == "internal_error")
+    assert [entry.outcome for entry in ledger.entries()] == ["refused", "failed"]
     refused = client.post("/api/v1", json=body(num_steps=99) | {"stream": True})
     assert refused.status_code == 422  # what is wrong from the start is no stream
     refused = client.post("/api/v1/predictions", json=body() | {"stream": True})

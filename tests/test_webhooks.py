@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
-from conftest import HEADERS, KEY, FakeEngine, body
+from conftest import HEADERS, KEY, FakeEngine, body, drawn
 from fastapi.testclient import TestClient
 
 from fulgurite import Picture, Request
@@ -105,6 +105,21 @@ def test_a_failure_is_told_too(client: TestClient, engine: FakeEngine, receiver:
     assert (json.loads(content)["status"], json.loads(content)["error"]["code"]) == ("failed", "busy")
 
 
+def test_who_joins_what_runs_is_told_too(client: TestClient, engine: FakeEngine, receiver: Receiver) -> None:
+    """But nobody twice, however often a request was sent again."""
+    engine.held = True
+    for query in ("?first", "?second", "?second"):
+        hook = {"webhook": receiver.url + query}
+        put = client.put("/api/v1/predictions/my-own-id", json=body() | hook, headers={"Prefer": "respond-async"})
+        assert put.status_code == 202
+    while not engine.futures:
+        time.sleep(0.01)
+    engine.futures[0].set_result(drawn(*engine.jobs[0]))
+    receiver.wait_for(2)
+    time.sleep(0.2)
+    assert len(receiver.wait_for(2)) == 2
+
+
 def test_it_is_tried_again_with_the_same_id_and_redirects_are_not_followed(
     client: TestClient, receiver: Receiver
 ) -> None:
@@ -153,6 +168,25 @@ def test_a_secret_that_is_empty_signs_nothing(client: TestClient) -> None:
     assert [path.name for path in file.parent.glob("*") if path.name.startswith("tmp")] == []
     file.write_bytes(b"")
     assert client.get("/api/v1/webhook-secret").status_code == 500
+
+
+@pytest.mark.parametrize("unreadable", [False, True], ids=["empty", "unreadable"])
+def test_what_cannot_be_signed_is_not_sent_and_logged(
+    client: TestClient, receiver: Receiver, caplog: pytest.LogCaptureFixture, unreadable: bool
+) -> None:
+    file = read_settings().home / "webhook.secret"
+    if unreadable:
+        file.mkdir(parents=True)  # which stops root too
+    else:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url})
+    deadline = time.monotonic() + 20
+    while "given up after 4 tries: " not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert str(file) in caplog.text
+    assert receiver.got == []
 
 
 def test_each_key_and_each_server_has_its_own_secret(client: TestClient, ledger: Ledger, engine: FakeEngine) -> None:

@@ -26,6 +26,7 @@ from fulgurite.errors import FulguriteError
 LIGHTNING = "bytedance/stable-diffusion-xl-lightning"
 PASSING = {0, 429, 500, 502, 503, 504}  # what may go well a moment later; 0: the server was not reached
 LASTING = {"not_pulled", "weights_unusable", "out_of_memory"}  # codes of what goes well only once somebody acts
+OF_THE_SEED = {"not_finite"}  # codes of what goes well with another seed alone
 EVENTS = "text/event-stream"
 LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
 
@@ -104,13 +105,14 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
     extensions = {}
     if on_step := data.pop("on_step", None):
         headers["Accept"], extensions["on_step"] = EVENTS, on_step
+    lasting = LASTING if data.get("seed") is None else LASTING | OF_THE_SEED
     tries = 0
     while True:
         came = yield httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
         if isinstance(came, httpx.Response) and came.is_success:
             return drawn(came)
         failed = failure(came, url)
-        if tries >= retries or failed.status not in PASSING or failed.code in LASTING:
+        if tries >= retries or failed.status not in PASSING or failed.code in lasting:
             raise failed
         yield pause(came, tries)
         tries += 1
@@ -141,26 +143,45 @@ class Story:
         self.answer: httpx.Response | httpx.TransportError = httpx.RemoteProtocolError("the stream ended early")
 
     def hear(self, line: str) -> None:
+        """Raises RemoteProtocolError at what is no event of a picture's."""
         name, _, value = line.partition(": ")
         if name == "event":
             self._event = value
         elif name == "data":
-            data = json.loads(value)
-            if self._event == "step":
-                preview = from_data_url(data["preview"])[1] if data["preview"] else None
-                self._on_step(Step(data["step"], data["steps"], preview))
-            elif self._event == "done":
-                media_type, content = from_data_url(data.pop("picture"))
-                headers = {"Content-Type": media_type} | {f"X-Fulgurite-{name}": value for name, value in data.items()}
-                self.answer = httpx.Response(200, content=content, headers=headers)
-            elif self._event == "error":
-                self.answer = httpx.Response(data.pop("status"), json=data)
+            try:
+                told = told_by(self._event, json.loads(value))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise httpx.RemoteProtocolError(f"the stream has a malformed event: {self._event}") from error
+            if isinstance(told, Step):
+                self._on_step(told)
+            elif told:
+                self.answer = told
+
+
+def told_by(event: str, data: dict[str, Any]) -> Step | httpx.Response | None:
+    """The step, or the answer, that an event stands for; None if it is another event."""
+    if event == "step":
+        return Step(data["step"], data["steps"], from_data_url(data["preview"])[1] if data["preview"] else None)
+    if event == "done":
+        media_type, content = from_data_url(data.pop("picture"))
+        headers = {"Content-Type": media_type} | {f"X-Fulgurite-{name}": value for name, value in data.items()}
+        answer = httpx.Response(200, content=content, headers=headers)
+        drawn(answer)  # raises now, while a try is left, what it would raise of its numbers at the end
+        return answer
+    if event == "error":
+        if not 400 <= data["status"] < 600:
+            raise ValueError("no status of an error")
+        headers = {"X-Request-Id": data.get("request_id", "")}
+        if (seconds := data.get("retry_after")) is not None:
+            headers["Retry-After"] = str(seconds)
+        return httpx.Response(data.pop("status"), json=data, headers=headers)
+    return None
 
 
 def from_data_url(url: str) -> tuple[str, bytes]:
-    """Its media type and content."""
-    head, _, content = url.removeprefix("data:").partition(";base64,")
-    return head, base64.b64decode(content)
+    """Its media type and content. Raises ValueError."""
+    head, content = url.removeprefix("data:").split(";base64,")
+    return head, base64.b64decode(content, validate=True)
 
 
 def streams(answer: httpx.Response) -> bool:
@@ -187,7 +208,11 @@ def drawn(answer: httpx.Response) -> Drawn:
 
 
 class Client:
-    """``url`` is the API's, such as http://127.0.0.1:8000/api/v1; ``timeout``, in seconds, is a picture's.
+    """``url`` is the API's, such as http://127.0.0.1:8000/api/v1.
+
+    ``timeout``, in seconds, bounds each wait of a try: for the connection, and for the next bytes to go or to come.
+    A picture comes at once when it is made, so that is how long its making may take. With ``on_step`` nothing bounds
+    the whole: every event, and every comment that keeps the stream alive, is waited for anew.
 
     A request that failed on its way, or that the server could not take now, is sent again up to ``retries`` times
     with the same idempotency key: the picture is made once and billed once.

@@ -7,7 +7,7 @@ FulguriteError
 ├── BusyError             no room for more work now: says when to come back
 ├── NotFiniteError        the network's numbers are none: no picture comes of them
 ├── OutOfMemoryError      the device's memory cannot hold this picture
-├── DeviceError           the device stopped answering: the engine starts again
+├── DeviceError           the device stopped answering or failed: that picture is lost
 ├── CreditSpentError      the key's credit does not cover the price
 ├── LedgerError           the ledger cannot be read or written: says which
 ├── UnknownKeyError       no such API key

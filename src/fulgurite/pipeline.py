@@ -213,7 +213,7 @@ class Pipeline:
     def picture(self, row: Row, pixels: Tensor) -> Picture:
         """A row's pixels ``[3, H, W]`` as the picture that was asked for, and how it was made."""
         return Picture(
-            image=fitted(to_image(pixels), row.request.width, row.request.height, self.card),
+            image=as_large_as_asked(to_image(pixels), row.request.width, row.request.height, self.card),
             request=row.request,
             model=self.card.id,
             steps=row.plan.steps,
@@ -347,7 +347,7 @@ def reduced(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def fitted(image: Image.Image, width: int, height: int, card: Card) -> Image.Image:
+def as_large_as_asked(image: Image.Image, width: int, height: int, card: Card) -> Image.Image:
     """The picture at the size asked for: cropped where the network drew that size, else resampled to cover it."""
     if not card.native_shapes:
         return image.crop((0, 0, width, height))

@@ -10,7 +10,7 @@ from typing import Literal
 
 from fulgurite.cards import card
 from fulgurite.engine.loading import checkpoint
-from fulgurite.engine.runner import Drawing, Outcome, Runner
+from fulgurite.engine.runner import Drawing, Runner, StageOutcome
 from fulgurite.engine.scheduler import Group, Scheduler, Task, Work
 from fulgurite.errors import BusyError, DeviceError
 from fulgurite.request import OnStep, Picture, Request, plan
@@ -46,7 +46,7 @@ class Engine:
         self._jobs: dict[Task, Job] = {}  # who takes a job out of here ends its future
         self._scheduler = Scheduler()
         self._counts = {"done": 0, "failed": 0, "steps": 0, "rows": 0}
-        self._loaded = self._closed = False
+        self._loaded = self._closed = self._device_failed = False
         self._futile_threads = 0  # that died one after the other without having run anything
         self._changed = threading.Condition()  # with a lock that a thread may take twice
         self._start()
@@ -102,9 +102,12 @@ class Engine:
             return {"queued": queued, "running": len(self._jobs) - queued, **self._counts}
 
     def state(self) -> Literal["starting", "ready", "busy", "failed"]:
-        """Loading its first weights, able to take a job, without a place for one; or closed, or without a device."""
+        """Loading its first weights, able to take a job, without a place for one; or closed, or its device failed.
+
+        A GPU that made an error often makes it again until the process is started anew; a stage that works ends it.
+        """
         with self._changed:
-            if self._closed or (self._futile_threads > 1 and not self._has_runner):
+            if self._closed or self._device_failed or (self._futile_threads > 1 and not self._has_runner):
                 return "failed"
             if self._jobs and not self._loaded:
                 return "starting"
@@ -133,15 +136,20 @@ class Engine:
     def _work(self) -> None:
         runner = self._make_runner()
         with self._changed:
+            if threading.current_thread() is not self._thread:
+                return  # it took so long that another thread has taken over
             self._scheduler.switch_seconds = runner.switch_seconds
             self._has_runner = True
         while (work := self._schedule()) is not None:
-            started = time.monotonic()
-            jobs = {job.drawing: job for task in work.tasks if (job := self._jobs.get(task))}
-            if jobs:
-                outcome = runner.run(work.stage, work.group, list(jobs))
-                self._update(work, jobs, outcome, time.monotonic() - started)
-                del outcome  # an error in it holds what the stage had in memory
+            self._do(work, runner)
+
+    def _do(self, work: Work, runner: Runner) -> None:
+        """A function of its own, so that while the thread waits nothing holds what a stage had in memory."""
+        started = time.monotonic()
+        jobs = {job.drawing: job for task in work.tasks if (job := self._jobs.get(task))}
+        if jobs:
+            outcome = runner.run(work.stage, work.group, list(jobs))
+            self._update(work, jobs, outcome, time.monotonic() - started)
 
     def _schedule(self) -> Work | None:
         """Waits for work that is still wanted; None once closed, or once another thread has taken over."""
@@ -160,17 +168,22 @@ class Engine:
                 return work
             return None
 
-    def _update(self, work: Work, jobs: dict[Drawing, Job], outcome: Outcome, seconds: float) -> None:
+    def _update(self, work: Work, jobs: dict[Drawing, Job], outcome: StageOutcome, seconds: float) -> None:
         with self._changed:
             if threading.current_thread() is not self._thread:
                 return
             self._loaded, self._futile_threads = True, 0
+            failures = [error for error in outcome.failed.values() if isinstance(error, DeviceError)]
+            if failures or outcome.moved:
+                self._device_failed = bool(failures)
             self._scheduler.ran(work, [jobs[drawing].task for drawing in outcome.moved], seconds, outcome.capacity)
             self._counts["steps"] += outcome.ran > 0
             self._counts["rows"] += outcome.ran
         for drawing, picture in outcome.pictures.items():
             if self._take(jobs[drawing].task, "done"):
                 jobs[drawing].set_result(picture)
+        for failure in failures:
+            log.error("The device failed.", exc_info=failure)
         for drawing, error in outcome.failed.items():
             self._fail(jobs[drawing], error)
 

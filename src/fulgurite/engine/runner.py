@@ -10,7 +10,7 @@ import torch
 from fulgurite.engine.batches import Batches, most_rows
 from fulgurite.engine.cache import PromptCache
 from fulgurite.engine.scheduler import Group, Stage
-from fulgurite.errors import FulguriteError, OutOfMemoryError
+from fulgurite.errors import DeviceError, FulguriteError, OutOfMemoryError
 from fulgurite.pipeline import Encoded, Row, smallest_batch
 from fulgurite.request import OnStep, Picture, Preview, Request
 
@@ -50,7 +50,7 @@ class Drawing:
 
 
 @dataclass
-class Outcome:
+class StageOutcome:
     """What became of a stage. Who is in none of the three was left for another time."""
 
     moved: list[Drawing] = field(default_factory=list)
@@ -64,14 +64,18 @@ def broken(error: BaseException) -> Exception:
     """An error for a job: people's as it is, a bug in one that may cross threads (StopIteration may not)."""
     if isinstance(error, FulguriteError):
         return error
-    failure = RuntimeError("drawing failed")
+    if isinstance(error, torch.AcceleratorError):
+        failure: Exception = DeviceError("The device failed, so this picture is lost.")
+    else:
+        failure = RuntimeError("drawing failed")
     failure.__cause__ = error
     return failure
 
 
 def out_of_memory(error: BaseException) -> bool:
-    # On a CPU, torch has no exception of its own for it.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    # On a CPU and on Apple's GPUs torch has no exception of its own for it.
+    told = "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 class Runner:
@@ -85,9 +89,9 @@ class Runner:
     def switch_seconds(self, group: Group) -> float:
         return self._load.switch_seconds(group.model, group.steps)
 
-    def run(self, stage: Stage, group: Group, drawings: Sequence[Drawing]) -> Outcome:
+    def run(self, stage: Stage, group: Group, drawings: Sequence[Drawing]) -> StageOutcome:
         """Runs a stage. What goes wrong with one drawing is its alone; nothing is raised."""
-        outcome = Outcome(capacity=1)
+        outcome = StageOutcome(capacity=1)
         try:
             steps = group.steps or drawings[0].request.num_steps
             pipeline = self._with_room(group, partial(self._load, group.model, steps))
@@ -101,7 +105,7 @@ class Runner:
             outcome.failed |= {drawing: broken(error) for drawing in drawings if drawing not in outcome.moved}
         return outcome
 
-    def _alone(self, stage: Stage, pipeline: Stages, group: Group, drawing: Drawing, outcome: Outcome) -> None:
+    def _alone(self, stage: Stage, pipeline: Stages, group: Group, drawing: Drawing, outcome: StageOutcome) -> None:
         """Encodes a prompt or decodes a picture."""
         try:
             if stage == "encode":
@@ -116,7 +120,7 @@ class Runner:
             outcome.failed[drawing] = broken(error)
 
     def _step(
-        self, pipeline: Stages, batches: Batches, group: Group, drawings: Sequence[Drawing], outcome: Outcome
+        self, pipeline: Stages, batches: Batches, group: Group, drawings: Sequence[Drawing], outcome: StageOutcome
     ) -> None:
         """A step for as many as fit into one batch; if that fails, for each alone."""
         agrees = partial(agrees_within_memory, pipeline, group.latent_shape[1:])
@@ -153,7 +157,7 @@ class Runner:
         group: Group,
         drawing: Drawing,
         failure: BaseException | None,
-        outcome: Outcome,
+        outcome: StageOutcome,
     ) -> None:
         """A step failed for one alone: that is its end, unless it was for want of memory, and memory can be made."""
         try:
@@ -166,7 +170,7 @@ class Runner:
         except BaseException as final:
             outcome.failed[drawing] = broken(final)
 
-    def _moved(self, pipeline: Stages, drawing: Drawing, outcome: Outcome) -> None:
+    def _moved(self, pipeline: Stages, drawing: Drawing, outcome: StageOutcome) -> None:
         try:
             if drawing.on_step and drawing.row:
                 drawing.on_step(drawing.row.done, drawing.row.plan.steps, pipeline.preview(drawing.row))

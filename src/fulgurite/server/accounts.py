@@ -30,6 +30,8 @@ def storable(moment: datetime) -> datetime:
 class NewKey(Text):
     """A key to be made; what is left out is not limited."""
 
+    model_config = ConfigDict(strict=True)
+
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$", description="For people: whose key it is.")
     admin: bool = Field(False, description="It may manage keys, and see everyone's usage.")
     expires_at: Annotated[AwareDatetime, AfterValidator(storable)] | None = None

@@ -194,21 +194,7 @@ class Jobs:
 
     async def _settled(self, order: Order, picture: Picture, content: bytes, seconds: float) -> Answer:
         """What the client is given, once it is paid for."""
-        entry = Entry(
-            order.id,
-            order.key.id,
-            now(),
-            picture.model,
-            order.request.num_steps,
-            picture.steps,
-            order.request.width,
-            order.request.height,
-            picture.request.seed or 0,
-            max(0.0, seconds - picture.seconds),
-            picture.seconds,
-            order.price,
-            "done",
-        )
+        entry = entry_for(order, "done", seconds, picture)
         answer = Answer(
             order.id,
             order.key.id,
@@ -229,23 +215,8 @@ class Jobs:
         return answer if given is answer or given is None else replayed(given, order)
 
     async def _record(self, order: Order, how: Outcome, seconds: float) -> None:
-        """An entry for a picture that was not made."""
-        request = order.request
-        size = request.width, request.height
-        entry = Entry(
-            order.id,
-            order.key.id,
-            now(),
-            order.model,
-            request.num_steps,
-            0,
-            *size,
-            request.seed or 0,
-            seconds,
-            0.0,
-            0,
-            how,
-        )
+        """A picture that was not made."""
+        entry = entry_for(order, how, seconds)
         await asyncio.wrap_future(self._ledger.settle(entry))
         self._metrics.picture(entry)
 
@@ -254,6 +225,26 @@ def outcome(job: Job, error: Exception) -> Outcome:
     if job.unwanted:
         return "cancelled"
     return "refused" if isinstance(error, (Problem, FulguriteError)) else "failed"
+
+
+def entry_for(order: Order, how: Outcome, seconds: float, picture: Picture | None = None) -> Entry:
+    """What the ledger keeps of a picture ``seconds`` after it was asked for; ``picture``: where it was made."""
+    request, computed = order.request, picture.seconds if picture else 0.0
+    return Entry(
+        request_id=order.id,
+        key_id=order.key.id,
+        at=now(),
+        model=picture.model if picture else order.model,
+        steps_asked=request.num_steps,
+        steps_run=picture.steps if picture else 0,
+        width=request.width,
+        height=request.height,
+        seed=(picture.request if picture else request).seed or 0,
+        seconds_queued=max(0.0, seconds - computed),
+        seconds_computed=computed,
+        price=order.price if picture else 0,
+        outcome=how,
+    )
 
 
 def replayed(earlier: Answer, order: Order) -> Answer:

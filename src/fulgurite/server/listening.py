@@ -26,6 +26,13 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._wait_for_head()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # At anything that comes, uvicorn ends its own time for a next request, though it begin none: an empty line, or
+        # a body that was answered unread. More of the same does not give more time.
+        if not self._late and (self.cycle is None or self.cycle.response_complete):
+            self._wait_for_head()
+
     def on_message_begin(self) -> None:
         self._wait_for_head()
         super().on_message_begin()
@@ -45,6 +52,7 @@ class Connection(HttpToolsProtocol):
     def _waits_no_longer(self) -> None:
         if self._late:
             self._late.cancel()
+            self._late = None
 
 
 def seconds_left(app: FastAPI, most: float) -> float:

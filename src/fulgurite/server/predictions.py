@@ -7,7 +7,7 @@ its answer. What succeeded is in the ledger and outlives this process; what runs
 import asyncio
 import traceback
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ from fulgurite.server.body import PredictionBody
 from fulgurite.server.headers import LIMITS, PICTURE
 from fulgurite.server.jobs import Job, made
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, request_body
-from fulgurite.server.problems import Problem, error_responses, problem
+from fulgurite.server.problems import Problem, error_responses, logged, problem
 from fulgurite.server.service import Service
 
 MOST_KEPT = 10_000  # predictions that failed or were cancelled, past which the oldest are forgotten
@@ -51,6 +51,7 @@ class Prediction:
     job: Job
     answer: "asyncio.Task[Answer]"
     cancelled: bool = False
+    webhooks: set[str] = field(default_factory=set)  # that are told of its end
 
     def found(self) -> "Prediction | Answer":
         """What there is of it: the answer once it succeeded, else itself. Raises nothing."""
@@ -70,7 +71,7 @@ class Predictions:
         self._service = service
         self._known: dict[tuple[str, str], Prediction] = {}
 
-    async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[Key, str, Prediction]:
+    async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[str, Prediction]:
         """Starts a picture, or joins the one under this id. Raises what an order does, and Problem (409)."""
         order, body = await self._service.order_as(http, PredictionBody)
         if order.stream:
@@ -88,11 +89,12 @@ class Predictions:
                 pass
             # Waited for by the server itself, so that the work goes on when the client is gone.
             prediction = self._known[name] = Prediction(job, asyncio.create_task(jobs.wait(job)))
-            prediction.answer.add_done_callback(lambda task: self._ended(name, task))
-            if body.webhook is not None:
-                tell = partial(self._tell, body.webhook, str(http.base_url), name, prediction)
-                prediction.answer.add_done_callback(tell)
-        return order.key, id, prediction
+            prediction.answer.add_done_callback(partial(self._ended, name, prediction))
+        if body.webhook is not None and body.webhook not in prediction.webhooks:
+            prediction.webhooks.add(body.webhook)
+            tell = partial(self._tell, body.webhook, str(http.base_url), name, prediction)
+            prediction.answer.add_done_callback(tell)
+        return id, prediction
 
     async def find(self, key: Key, id: str) -> Prediction | Answer:
         """What there is under this id. Raises Problem (404)."""
@@ -109,13 +111,15 @@ class Predictions:
             prediction.cancelled = True
             self._service.jobs.abandon(prediction.job)
 
-    def _ended(self, name: tuple[str, str], task: "asyncio.Task[Answer]") -> None:
-        known = self._known.get(name)
+    def _ended(self, name: tuple[str, str], prediction: Prediction, task: "asyncio.Task[Answer]") -> None:
         if task.cancelled():
             return
         if error := task.exception():
-            traceback.clear_frames(error.__traceback__)  # kept for its words alone: frames may hold a picture
-        elif known and known.answer is task:
+            logged(error, prediction.job.order.id)
+            # It is kept for its words alone: the frames of an error, and a drawing, may hold what the device had of it.
+            prediction.job.drawing = None
+            forget_frames(error)
+        elif self._known.get(name) is prediction:
             del self._known[name]  # the ledger has it
 
     def _tell(
@@ -132,6 +136,13 @@ class Predictions:
 def reserved_key(id: str) -> str:
     """An idempotency key that no client can send, since it has a space."""
     return f"prediction {id}"
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Of the error and of those that it came of."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def derived_id(key: Key, idempotency_key: str | None) -> str:
@@ -172,7 +183,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
     }
 
     async def begun(http: HTTPRequest, id: str | None) -> JSONResponse:
-        _, id, prediction = await predictions.begin(http, id)
+        id, prediction = await predictions.begin(http, id)
         found: Prediction | Answer = prediction
         if "respond-async" not in http.headers.get("prefer", "").lower():
             await asyncio.wait({prediction.answer})  # which a client that goes away does not stop

@@ -44,7 +44,7 @@ class Problem(Exception):
         return Response(json.dumps(body), self.status, self.headers, media_type="application/json")
 
 
-def problem(error: Exception) -> Problem:
+def problem(error: BaseException) -> Problem:
     """What an exception means to the client."""
     match error:
         case Problem():
@@ -83,6 +83,14 @@ def problem(error: Exception) -> Problem:
             return Problem(error.status_code, "http_error", str(error.detail), headers=error.headers)
         case _:
             return Problem(500, "internal_error", "Something broke here. The log has more under this X-Request-Id.")
+
+
+def logged(error: BaseException, request_id: str) -> Problem:
+    """The problem, where no handler meets the error: then it is the log that has more of a bug."""
+    found = problem(error)
+    if found.code == "internal_error":
+        log.error("request %s failed", request_id, exc_info=error)
+    return found
 
 
 def invalid(error: RequestValidationError) -> Problem:

@@ -11,7 +11,7 @@ from fastapi import Request as HTTPRequest
 
 from fulgurite.records import Answer
 from fulgurite.server.jobs import Job, Jobs, StepDone, made
-from fulgurite.server.problems import problem
+from fulgurite.server.problems import logged
 
 MEDIA_TYPE = "text/event-stream"
 # Proxies must neither keep the events nor gather them.
@@ -76,9 +76,14 @@ def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]") -> bytes:
     try:
         found = answer.result()
     except Exception as error:
-        said = problem(error)
+        said = logged(error, http.state.request_id)
         http.state.code = said.code
-        return event(
-            "error", {"status": said.status, "error": {"code": said.code, "message": said.message, "param": said.param}}
-        )
+        seconds = (said.headers or {}).get("Retry-After")
+        told = {
+            "status": said.status,
+            "error": {"code": said.code, "message": said.message, "param": said.param},
+            "retry_after": int(seconds) if seconds else None,
+            "request_id": http.state.request_id,
+        }
+        return event("error", told)
     return event("done", made(found) | {"picture": data_url(found.media_type, found.content)})

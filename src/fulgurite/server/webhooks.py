@@ -86,7 +86,6 @@ class Webhooks:
         task.add_done_callback(self._tasks.discard)
 
     async def _deliver(self, url: str, key_id: str, id: str, body: bytes) -> None:
-        secret = await asyncio.to_thread(self.secret_of, key_id)
         why = ""
         async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False) as client:
             for delay in DELAYS:
@@ -96,6 +95,7 @@ class Webhooks:
                     if not (addresses := await self._addresses(url)):
                         why = "its host has no address"
                         continue
+                    secret = await asyncio.to_thread(self.secret_of, key_id)
                     headers = signed(secret, id, body, int(time.time()))
                     request = client.build_request("POST", url, content=body, headers=headers)
                     pin(request, addresses[0])
@@ -111,6 +111,8 @@ class Webhooks:
                     why = str(error) or type(error).__name__
                 except Problem as error:
                     why = error.message
+                except (FulguriteError, OSError) as error:  # of the secret's file, which somebody may mend meanwhile
+                    why = str(error)
         log.warning("webhook for %s given up after %d tries: %s", id, len(DELAYS), why)
 
     async def close(self) -> None:

@@ -84,7 +84,7 @@ def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: 
     base = like.base if like and files.loras else None
     if files.loras:
         base = base or {name: tensor.to(device) for name, tensor in unet_tensors(files.unet, card).items()}
-        unet = filled_unet(changed(base, files.loras, card, device, dtype), card, device, dtype)
+        unet = filled_unet(with_loras(base, files.loras, card, device, dtype), card, device, dtype)
     else:
         unet = load_unet(files.unet, card, device, dtype)
     prediction = "x0" if files.predicts_x0 else card.prediction
@@ -133,7 +133,7 @@ def load_text_encoder(
 
 
 def load_unet(path: Path, card: Card, device: str, dtype: torch.dtype, loras: Sequence[Path] = ()) -> UNet:
-    return filled_unet(changed(unet_tensors(path, card), loras, card, device, dtype), card, device, dtype)
+    return filled_unet(with_loras(unet_tensors(path, card), loras, card, device, dtype), card, device, dtype)
 
 
 def unet_tensors(path: Path, card: Card) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def unet_tensors(path: Path, card: Card) -> dict[str, Tensor]:
     return tensors_for(network, path, keys, original.UNET)
 
 
-def changed(
+def with_loras(
     tensors: dict[str, Tensor], loras: Sequence[Path], card: Card, device: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A UNet's tensors with LoRA files merged, one after the other, and rounded once."""
