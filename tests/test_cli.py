@@ -2,8 +2,10 @@
 
 import doctest
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +166,20 @@ def test_bad_settings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.stderr.startswith("Error: FULGURITE_PORT: ")
 
 
-def test_a_server_that_cannot_be_made_says_why() -> None:
-    result = run("serve", "--model", "acme/nope")
-    assert result.exit_code == 1
-    assert "Error: There is no model 'acme/nope' here." in result.stderr
+def test_a_server_that_cannot_be_made_says_why_and_leaves_nothing_open() -> None:
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for flags, said in (
+            (["--model", "acme/nope"], "There is no model 'acme/nope' here."),
+            (["--port", port], f"Cannot listen on 127.0.0.1, port {port}: "),
+            (["--device", "abacus"], "--device: cannot compute on 'abacus' here: "),
+        ):
+            result = run("serve", *flags)
+            assert result.exit_code == 1
+            assert f"Error: {said}" in result.stderr
+            left = {thread.name for thread in set(threading.enumerate()) - before}
+            assert not left & {"ledger", "engine", "engine-watchdog"}
 
 
 def test_models_lists_the_cards() -> None:

@@ -99,3 +99,35 @@ def test_a_card_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, m
     assert cards.added == {}
     with pytest.raises(FulguriteError, match="There is no folder"):
         cards.add(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "message"),
+    [
+        ('prediction = "epsilon"', 'prediction = "v_prediction"', r"prediction = 'v_prediction': .*epsilon\|v\|x0"),
+        ('source = "hub"', 'source = "hubb"', "weights.source = 'hubb': Input should be 'embedded', 'hub' or 'local'"),
+        ("schedules = [1, 2, 4, 8]", "schedules = [8, 4]", r"schedules = \[8, 4\]: Numbers of steps should rise"),
+        ("schedules = [1, 2, 4, 8]", "schedules = [4, 4]", r"schedules = \[4, 4\]: Numbers of steps should rise"),
+        ("schedules = [1, 2, 4, 8]", "schedules = [0, 4]", "schedules.0 = 0: Input should be greater than 0"),
+        ("schedules = [1, 2, 4, 8]", 'schedules = ["few"]', "schedules.0 = 'few': Input should be a valid integer"),
+        ("guidance_strength = 3.0", 'guidance_strength = "much"', "guidance_strength = 'much': .* valid number"),
+        ("guidance_strength = 3.0", "guidance_strength = nan", "guidance_strength = nan: .* finite number"),
+        ("native_shapes = []", 'native_shapes = []\nguidance_tau = "much"', "guidance_tau = 'much': .* valid number"),
+        ("native_shapes = []", 'native_shapes = ["256x256"]', "native_shapes.0 = '256x256': Input should be"),
+        ("cost_microdollars = 1100", "cost_microdollars = -1", "cost_microdollars = -1: .* greater than or equal to 0"),
+        ("[unet]", "[unet]\nin_chanels = 4", "unet.in_chanels = 4: Unexpected"),
+        ("[unet]", "[unet]\nin_channels = 4.5", "unet.in_channels = 4.5: Input should be a valid integer"),
+        ("[unet]\n", "", r"unet: Field required\.$"),
+    ],
+)
+def test_what_a_card_cannot_say_is_named(tmp_path: Path, line: str, instead: str, message: str) -> None:
+    of_package = (resources.files("fulgurite.cards") / "sdxl_lightning.toml").read_text("utf-8")
+    assert line in of_package
+    (tmp_path / "bad.toml").write_text(of_package.replace(line, instead, 1))
+    with pytest.raises(FulguriteError, match=f"bad.toml is no model's card: {message}"):
+        cards.add(tmp_path)
+
+
+def test_a_fast_decoder_is_not_needed() -> None:
+    of_package = (resources.files("fulgurite.cards") / "sdxl_lightning.toml").read_text("utf-8")
+    assert cards.parse(of_package.replace("[fast_decoder]\n", "")).decoders == ("full",)

@@ -70,6 +70,11 @@ def test_every_step_agrees(kind, steps):
         torch.testing.assert_close(ours, theirs, atol=1e-6 * max(1, largest), rtol=1e-6)
 
 
+def test_another_kind_of_prediction_is_refused():
+    with pytest.raises(ValueError, match='"epsilon", "v" or "x0", not \'v_prediction\''):
+        to_denoised(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1), "v_prediction")
+
+
 def test_rows_of_one_batch_may_be_at_different_steps():
     generator = torch.Generator().manual_seed(0)
     x, prediction = torch.randn(3, 4, 5, 6, generator=generator), torch.randn(3, 4, 5, 6, generator=generator)

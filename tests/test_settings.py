@@ -32,7 +32,8 @@ def test_flags_beat_variables_beat_the_file_beats_defaults(file: Path, monkeypat
     ("text", "said"),
     [
         ("port = 'http'", r"settings\.toml: port: .*integer"),
-        ("prot = 80", r"settings\.toml: prot is no setting. There are: .*port"),
+        ("prot = 80", r"settings\.toml: prot is no setting\. Did you mean port\? There are: .*port"),
+        ("xyz = 80", r"settings\.toml: xyz is no setting\. There are: .*port"),
         ("port = ", r"settings\.toml is not TOML: Invalid value"),
         ("api_key = 'two words'", r"settings\.toml: api_key: (?!.*two words)"),
         ("warm = ['a/b:21']", r"settings\.toml: warm: 'a/b:21': after the colon .* 1 to 20\."),
@@ -43,6 +44,49 @@ def test_a_bad_file_is_an_error_that_says_where(file: Path, text: str, said: str
     file.write_text(text)
     with pytest.raises(FulguriteError, match=said):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FULGURITE_DEVISE", r"^FULGURITE_DEVISE is no setting\. Did you mean FULGURITE_DEVICE\? There are: FULG"),
+        ("FULGURITE_CONFG", r"Did you mean FULGURITE_CONFIG\?"),
+        ("FULGURITE_XYZ", r"^FULGURITE_XYZ is no setting\. There are: FULG"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_an_error(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "cpu")
+    with pytest.raises(FulguriteError, match=said):
+        read_settings()
+
+
+@pytest.mark.parametrize("service", ["FULGURITE", "FULGURITE_DB"])
+def test_where_services_of_kubernetes_are_is_no_setting(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pod finds in its environment where its namespace has such a Service."""
+    of_service = {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    for name, value in of_service.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
+    settings = read_settings()
+    assert (settings.port, settings.origin("port")) == (8000, "default")
+    assert read_settings(port=8003).port == 8003
+
+
+def test_origins_are_those_of_when_settings_were_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("queue_size = 7\n")
+    settings = read_settings(port=8003)
+    file.unlink()
+    monkeypatch.setenv("FULGURITE_HOST", "::1")
+    origins = [settings.origin(name) for name in ("port", "queue_size", "host")]
+    assert origins == ["--port", f"{file}: queue_size", "default"]
 
 
 def test_a_file_that_is_named_must_be_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, of another model, or dangerous: each refused by name, in one line."""
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -14,6 +16,7 @@ from test_weights import LEFTOVERS, kohya_names, lora_tensors, original_layout
 
 from fulgurite.errors import NotPulledError, WeightsError
 from fulgurite.weights import load_networks
+from fulgurite.weights.files import read
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,43 @@ def test_a_missing_file_names_its_folder(folder, path):
 def test_a_path_that_is_not_there(folder, tmp_path):
     assert refusal(tmp_path / "gone.safetensors", tokenizers=folder) == f"There is no file {tmp_path}/gone.safetensors."
     assert str(tmp_path / "lora.safetensors") in refusal(folder, lora_file=tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("name", ["whole.safetensors", "shards.safetensors.index.json"])
+def test_what_cannot_be_opened_is_not_called_damaged(folder, tmp_path, name):
+    path = tmp_path / name
+    path.mkdir()
+    assert refusal(folder, unet_file=path) == f"Cannot read {path}: Is a directory."
+
+
+@pytest.mark.parametrize("name", ["whole.safetensors", "shards.safetensors.index.json"])
+def test_what_may_not_be_read_is_not_called_damaged(folder, tmp_path, monkeypatch, name):
+    """Root, as whom tests may run, reads everything: so the system's answer is ours."""
+    path, as_it_is = tmp_path / name, Path.open
+
+    def forbidden(self, *args, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return as_it_is(self, *args, **options)
+
+    save_file({}, path)
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert refusal(folder, unet_file=path) == f"Cannot read {path}: Permission denied."
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_too_many_open_files_are_not_called_damage(folder, left):
+    """Of two that are needed: one for safetensors, one for torch to map the weights."""
+    resource = pytest.importorskip("resource")
+    bounds, next_file = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(next_file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_file + left, bounds[1]))
+    try:
+        with pytest.raises(WeightsError) as caught:
+            read(folder / NETWORKS["unet"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, bounds)
+    assert re.match(rf"Cannot read {folder / NETWORKS['unet']}: .*Too many open files", str(caught.value))
 
 
 @pytest.mark.parametrize("index", ["not json", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "gone"}}'])

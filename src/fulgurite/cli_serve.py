@@ -4,6 +4,7 @@ import gc
 import logging
 import signal
 import time
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from fulgurite.engine import Engine
     from fulgurite.ledger import Ledger
+    from fulgurite.server.listening import Server
     from fulgurite.settings import Settings
 
 
@@ -68,18 +70,22 @@ def serve(
 
     settings = read_settings(**given)
     add(settings.cards)
-    ledger = open_ledger(settings)
-    admit(settings, ledger)
-    engine = engine_for(settings)
     lines = logging.StreamHandler()
     lines.setFormatter(JSONLines())
     logging.basicConfig(level=logging.WARNING, handlers=[lines])  # others' news, such as httpx's, may hold secrets
     logging.getLogger("fulgurite").setLevel(logging.INFO)
-    app = create_app(engine, ledger, settings)
-    server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
-    # Uvicorn finishes what runs, then raises the signal again: both end here, with the engine closed.
+    # Uvicorn finishes what runs, then raises the signal again: both end here, with all closed that was opened.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with suppress(KeyboardInterrupt), ExitStack() as opened:
+        ledger = opened.enter_context(closing(open_ledger(settings)))
+        admit(settings, ledger)
+        engine = engine_for(settings)
+        server: Server | None = None
+        # By then nobody waits for what it still draws.
+        opened.callback(lambda: engine.close(server.seconds_left() if server else settings.shutdown_seconds))
+        app = create_app(engine, ledger, settings)
+        server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
+        opened.enter_context(listener)
         warm_up(engine, settings)
         say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
         if settings.demo:
@@ -89,12 +95,6 @@ def serve(
         gc.collect()
         gc.freeze()
         server.run([listener])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        listener.close()
-        engine.close(server.seconds_left())  # by now nobody waits for what it still draws
-        ledger.close()
 
 
 def say(line: str) -> None:

@@ -53,14 +53,16 @@ def scale_input(x: Tensor, sigma: Tensor) -> Tensor:
 def to_denoised(prediction: Tensor, x: Tensor, sigma: Tensor, kind: str) -> Tensor:
     """What the network's prediction says the clean latent is: ``kind`` is "epsilon", "v" or "x0".
 
-    ``x`` is not scaled; ``sigma`` is ``[B]``.
+    ``x`` is not scaled; ``sigma`` is ``[B]``. Raises ValueError for another kind.
     """
     s = per_row(sigma, x)
     if kind == "epsilon":
         return x - s * prediction
     if kind == "v":
         return x / (s**2 + 1) - prediction * s / (s**2 + 1) ** 0.5
-    return prediction
+    if kind == "x0":
+        return prediction
+    raise ValueError(f'kind must be "epsilon", "v" or "x0", not {kind!r}')
 
 
 def euler_step(x: Tensor, denoised: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

@@ -1,19 +1,26 @@
 """One frozen settings object, read once: flags, then ``FULGURITE_*`` variables, then a TOML file, then defaults."""
 
 import os
+import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from platformdirs import user_config_path, user_data_path
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from fulgurite.errors import FulguriteError
 
 PREFIX = "FULGURITE_"
 CONFIG = PREFIX + "CONFIG"  # the file's path, where it is not the usual one
+
+# Kubernetes tells every pod of a namespace where its Services are. What it says of one called "fulgurite" begins as our
+# own variables do, and FULGURITE_PORT, which it makes a URL, has even the name of a setting. None of it is for us.
+OF_KUBERNETES = re.compile(
+    PREFIX + r"(\w+_)?(SERVICE_HOST=|SERVICE_PORT(_\w+)?=|PORT_\d+_(TCP|UDP|SCTP)|PORT=(tcp|udp|sctp)://)"
+)
 
 
 def settings_file() -> Path:
@@ -34,10 +41,25 @@ def in_file() -> dict[str, Any]:
         raise FulguriteError(f"{file} is not TOML: {error}.") from None
 
 
-class Settings(BaseSettings):
+def in_environment() -> dict[str, str]:
+    """What our variables say, by the settings' names."""
+    ours = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
+    return {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in ours.items()
+        if name != CONFIG and not OF_KUBERNETES.match(f"{name}={value}")
+    }
+
+
+def variable(name: str) -> str:
+    """What a setting is called in the environment."""
+    return PREFIX + name.upper()
+
+
+class Settings(BaseModel):
     """How this program runs on this machine."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     home: Path = Field(default_factory=lambda: user_data_path("fulgurite"))  # where state lives
     api_key: SecretStr | None = None  # a key for yourself; None: the ledger's, of which the first start makes one
@@ -46,9 +68,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     cards: Path | None = None  # a folder with the cards of your own models; docs/training.md
-    models: Annotated[tuple[str, ...], NoDecode] = ()  # ids served, separated by commas; none: all there are
-    fast_decoder: Annotated[tuple[str, ...], NoDecode] = ()  # ids whose fast decoder is used unless a request says not
-    warm: Annotated[tuple[str, ...], NoDecode] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers
+    models: tuple[str, ...] = ()  # ids served, separated by commas; none: all there are
+    fast_decoder: tuple[str, ...] = ()  # ids whose fast decoder is used unless a request says not
+    warm: tuple[str, ...] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers
     demo: bool = False  # the embedded model answers for SDXL-Lightning
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # docs/engine.md
@@ -64,13 +86,7 @@ class Settings(BaseSettings):
     webhook_private: bool = False  # webhooks may go to addresses of this machine and of private networks
     shutdown_seconds: int = Field(30, ge=0, le=3600)  # that pictures being made are given when the server stops
 
-    _flags: frozenset[str] = frozenset()  # names of those that flags gave
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: Any, init_settings: Any, env_settings: Any, *_: Any, **__: Any
-    ) -> Any:
-        return init_settings, env_settings, InitSettingsSource(settings_cls, in_file())
+    _origins: dict[str, str] = {}  # of those that are not the default
 
     @field_validator("models", "fast_decoder", "warm", mode="before")
     @classmethod
@@ -97,8 +113,8 @@ class Settings(BaseSettings):
         return "fast" if model in self.fast_decoder else "full"
 
     def origin(self, name: str) -> str:
-        """Where a setting's value comes from."""
-        return origin(name, self._flags)
+        """Where a setting's value comes from: a flag, a variable, the file, or the default."""
+        return self._origins.get(name, "default")
 
 
 def model_and_steps(wanted: str) -> tuple[str, int | None]:
@@ -111,30 +127,30 @@ def model_and_steps(wanted: str) -> tuple[str, int | None]:
 
 def read_settings(**flags: Any) -> Settings:
     """The settings in force. Flags that are None were not given. Raises FulguriteError naming what is wrong."""
-    known = {CONFIG} | {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = [name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known]
-    if unknown:
-        raise FulguriteError(f"{unknown[0]} is no setting. There are: {', '.join(sorted(known))}.")
-    strangers = [name for name in in_file() if name not in Settings.model_fields]
-    if strangers:
-        raise FulguriteError(
-            f"{settings_file()}: {strangers[0]} is no setting. There are: {', '.join(sorted(Settings.model_fields))}."
-        )
+    variables = in_environment()
+    refuse_unknown(variables, {*Settings.model_fields, "config"}, variable)
+    file, path = in_file(), settings_file()
+    refuse_unknown(file, Settings.model_fields, str, f"{path}: ")
     given = {name: value for name, value in flags.items() if value is not None}
+    origins = {name: f"{path}: {name}" for name in file}
+    origins |= {name: variable(name) for name in variables}
+    origins |= {name: f"--{name.replace('_', '-')}" for name in given}
     try:
-        settings = Settings(**given)
+        settings = Settings(**file | variables | given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = str(first["loc"][0])
-        raise FulguriteError(f"{origin(name, given)}: {first['msg'].removeprefix('Value error, ')}.") from None
-    settings._flags = frozenset(given)
+        raise FulguriteError(f"{origins[name]}: {first['msg'].removeprefix('Value error, ')}.") from None
+    settings._origins = origins
     return settings
 
 
-def origin(name: str, flags: Collection[str]) -> str:
-    """Where a setting's value comes from: a flag, a variable, the file, or the default."""
-    if name in flags:
-        return f"--{name.replace('_', '-')}"
-    if PREFIX + name.upper() in (variable.upper() for variable in os.environ):
-        return PREFIX + name.upper()
-    return f"{settings_file()}: {name}" if name in in_file() else "default"
+def refuse_unknown(
+    names: Iterable[str], known: Collection[str], spelled: Callable[[str], str], where: str = ""
+) -> None:
+    """Raises FulguriteError where one of the names is no setting's; it says which may be meant."""
+    for name in names:
+        if name not in known:
+            meant = "".join(f" Did you mean {spelled(near)}?" for near in get_close_matches(name, known, n=1))
+            there_are = ", ".join(map(spelled, sorted(known)))
+            raise FulguriteError(f"{where}{spelled(name)} is no setting.{meant} There are: {there_are}.")

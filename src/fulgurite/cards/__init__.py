@@ -5,9 +5,20 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fulgurite.errors import FulguriteError, UnknownModelError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+
+from fulgurite.errors import FulguriteError, RequestError, UnknownModelError
 from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 from fulgurite.models.unet import NAG_TAU
 
@@ -24,7 +35,7 @@ class Repo:
 class Weights:
     """Where a model's weights come from; read by fulgurite.weights."""
 
-    source: str  # "embedded" in the package, pulled from the "hub", or "local": files of this machine
+    source: Literal["embedded", "hub", "local"]  # in the package, pulled from the hub, or files of this machine
 
     # Step counts to the files made for them. "_x0" in a UNet's name: it predicts the clean latent.
     unets: dict[str, str] = field(default_factory=dict)  # not of "embedded"
@@ -45,6 +56,13 @@ class Weights:
     tokenizers: str = ""  # the folder that holds tokenizer/ and tokenizer_2/; needed with a single file
 
 
+def rising(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if list(steps) != sorted(set(steps)):
+        raise ValueError("Numbers of steps should rise")
+    return steps
+
+
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # for the tables in it, too
 @dataclass(frozen=True)
 class Card:
     """What a model is, what it costs, what it can do, and the sizes of its networks."""
@@ -54,12 +72,13 @@ class Card:
     type: str
     description: str
     license: str
-    cost_microdollars: int  # per image
+    cost_microdollars: NonNegativeInt  # per image
     hosted_regions: tuple[str, ...]
     available_regions: tuple[str, ...]
     base_architecture: str
-    schedules: tuple[int, ...]  # step counts it was distilled for; empty: any number of steps
-    prediction: str  # "epsilon", "v" or "x0"
+    # Step counts it was distilled for; empty: any number of steps.
+    schedules: Annotated[tuple[PositiveInt, ...], AfterValidator(rising)]
+    prediction: Annotated[str, Field(pattern="^(epsilon|v|x0)$")]
     guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
     native_shapes: tuple[tuple[int, int], ...]  # width, height; empty: any size
     preview_rgb: tuple[
@@ -67,9 +86,9 @@ class Card:
     ]  # a latent channel's red, green, blue a row, last what is added; or empty
     unet: UNetConfig
     vae: VAEConfig
-    fast_decoder: TinyDecoderConfig | None  # a quicker one than the VAE's, where the model has one
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
     weights: Weights
+    fast_decoder: TinyDecoderConfig | None = None  # a quicker one than the VAE's, where the model has one
     guidance_tau: float = NAG_TAU  # of attention guidance: how much longer it may make attention's outputs
 
     @property
@@ -78,33 +97,29 @@ class Card:
         return ("full", "fast") if self.fast_decoder else ("full",)
 
     def steps_for(self, most: int) -> int:
-        """The steps run when a request allows ``most``: the largest schedule that fits."""
-        return max((n for n in self.schedules if n <= most), default=self.schedules[0]) if self.schedules else most
+        """The steps run when a request allows ``most``: the largest schedule that fits. Raises RequestError if none."""
+        if not self.schedules:
+            return most
+        fitting = [steps for steps in self.schedules if steps <= most]
+        if not fitting:
+            raise RequestError(f"num_steps: {self.id} needs at least {min(self.schedules)}.", "num_steps")
+        return max(fitting)
 
 
-def frozen(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+CARD = TypeAdapter(Card)
 
 
 def parse(text: str) -> Card:
-    """Reads one card's TOML; a missing or unknown field is a TypeError that names it."""
+    """Reads one card's TOML; what is missing, unknown, or of a value that cannot be, is an error that names it."""
     table = tomllib.loads(text)
-    first, second = (CLIPTextConfig(**frozen(table.pop(key))) for key in ("text_encoder", "text_encoder_2"))
-    weights = table.pop("weights")
-    weights |= {key: Repo(**weights[key]) for key in ("base", "vae", "fast_decoder", "distilled") if key in weights}
-    unet, vae = UNetConfig(**frozen(table.pop("unet"))), VAEConfig(**frozen(table.pop("vae")))
-    fast_decoder = TinyDecoderConfig(**frozen(table.pop("fast_decoder"))) if "fast_decoder" in table else None
-    shapes, preview = (tuple(map(tuple, table.pop(key))) for key in ("native_shapes", "preview_rgb"))
-    return Card(
-        unet=unet,
-        vae=vae,
-        fast_decoder=fast_decoder,
-        text_encoders=(first, second),
-        native_shapes=shapes,
-        preview_rgb=preview,
-        weights=Weights(**weights),
-        **frozen(table),
-    )
+    table["text_encoders"] = table.pop("text_encoder"), table.pop("text_encoder_2")
+    try:
+        return CARD.validate_python(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+        raise ValueError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 @cache
@@ -130,7 +145,7 @@ def add(folder: Path | None) -> None:
     for file in sorted(folder.glob("*.toml")):
         try:
             card = parse(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise FulguriteError(f"{file} is no model's card: {error}.") from None
         if card.id in packaged() or card.id in found:
             raise FulguriteError(f"{file}: there is a model {card.id} already. Give it another id.")

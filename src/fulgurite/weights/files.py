@@ -76,17 +76,20 @@ def read(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file (or of the shards that an index names), mapped into memory.
 
     Pages come from the disk when they are first used, and the system may drop them again.
-    Raises WeightsError that names the file where it is missing, damaged, or of another kind.
+    Raises WeightsError that names the file where it is missing, cannot be read, is damaged, or is of another kind.
     """
     refuse_pickle(path)
     try:
         if path.name.endswith(".index.json"):
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
             return {name: tensor for shard in shards for name, tensor in read(path.parent / shard).items()}
+        path.open("rb").close()  # tells why it cannot be opened; safetensors would say that there is no such file
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise WeightsError(f"There is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:  # the latter is torch's, which maps the file
+        raise WeightsError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is damaged or no safetensors file ({error}): delete it and fetch it again."
         raise WeightsError(message) from error
