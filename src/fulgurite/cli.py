@@ -97,9 +97,8 @@ def generate(
 
     settings = read_settings(precision=precision)
     add(settings.cards)
-    shapes = card(model).native_shapes
-    if size is None and shapes:
-        given["width"], given["height"] = shapes[0]
+    if size is None:
+        given["width"], given["height"] = card(model).usual_size
     first = checked(given)
     checked(given | {"seed": first.seed + count - 1})
     plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded

@@ -33,8 +33,8 @@ def bench(
 
     settings = read_settings(precision=precision)
     add(settings.cards)
-    if size is None and (shapes := card(model).native_shapes):
-        given["width"], given["height"] = shapes[0]
+    if size is None:
+        given["width"], given["height"] = card(model).usual_size
     request = Request(**checked(given).model_dump())
     loader = Loader.from_settings(settings)
     pipeline = loader(model, steps)

@@ -96,6 +96,11 @@ class Card:
         """What can make pixels of its latents."""
         return ("full", "fast") if self.fast_decoder else ("full",)
 
+    @property
+    def usual_size(self) -> tuple[int, int]:
+        """Width and height of a picture where nobody says."""
+        return self.native_shapes[0] if self.native_shapes else (1024, 1024)
+
     def steps_for(self, most: int) -> int:
         """The steps run when a request allows ``most``: the largest schedule that fits. Raises RequestError if none."""
         if not self.schedules:

@@ -113,9 +113,9 @@ def add_catalogue(app: FastAPI, service: Service) -> None:
 
 async def drawn_example(model: str, service: Service) -> bytes:
     drawn_by = service.demo.get(model, model)
-    shapes = card(drawn_by).native_shapes
-    size = {"width": shapes[0][0], "height": shapes[0][1]} if shapes else {}
-    job = service.engine.submit(drawn_by, Request(**Parameters.model_validate(EXAMPLE | size).model_dump()))
+    width, height = card(drawn_by).usual_size
+    asked = Parameters.model_validate(EXAMPLE | {"width": width, "height": height})
+    job = service.engine.submit(drawn_by, Request(**asked.model_dump()))
     return await asyncio.to_thread(file_bytes, await asyncio.wrap_future(job), FORMATS["png"])
 
 
