@@ -57,7 +57,7 @@ class Job:
     order: Order
     waiting: int = 0  # clients
     unwanted: bool = False  # all of them went away
-    drawing: Future[Picture] | None = None
+    future: Future[Picture] | None = None  # the engine's
     answer: "asyncio.Task[Answer] | None" = None
     steps: list[StepDone] = field(default_factory=list)
     listeners: set[asyncio.Event] = field(default_factory=set)  # set at each step
@@ -112,16 +112,16 @@ class Jobs:
     def abandon(self, job: Job) -> None:
         job.unwanted = True
         self._running.pop(job.order.name(), None)  # a retry shall not join what is being stopped
-        if job.drawing:
-            self._engine.cancel(job.drawing)
+        if job.future:
+            self._engine.cancel(job.future)
 
     def position(self, job: Job) -> int | None:
         """How many pictures the engine makes before this one; None before it is queued."""
-        return self._engine.position(job.drawing) if job.drawing else None
+        return self._engine.position(job.future) if job.future else None
 
     def seconds_until_begun(self, job: Job) -> float:
         """About how long it waits yet, once it is queued."""
-        return self._engine.seconds_until_begun(job.drawing) if job.drawing else 0.0
+        return self._engine.seconds_until_begun(job.future) if job.future else 0.0
 
     async def finish(self, seconds: float) -> None:
         """Waits until everything that runs has come to its end in the ledger; after these seconds, it is stopped."""
@@ -180,13 +180,13 @@ class Jobs:
 
         order = job.order
         told = on_step if order.stream else None
-        job.drawing = self._engine.submit(order.model, order.request, told, order.key.id)
+        job.future = self._engine.submit(order.model, order.request, told, order.key.id)
         if job.unwanted:
-            self._engine.cancel(job.drawing)
+            self._engine.cancel(job.future)
         try:
-            return await asyncio.wrap_future(job.drawing)
+            return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
-            if not job.drawing.cancelled():
+            if not job.future.cancelled():
                 raise
         if job.unwanted:
             raise client_gone()

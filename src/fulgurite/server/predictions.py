@@ -61,7 +61,7 @@ class Prediction:
     def status(self) -> Literal["starting", "processing", "failed", "canceled"]:
         if self.answer.done():
             return "canceled" if self.cancelled else "failed"
-        return "processing" if self.job.drawing and self.job.drawing.running() else "starting"
+        return "processing" if self.job.future and self.job.future.running() else "starting"
 
 
 class Predictions:
@@ -116,8 +116,8 @@ class Predictions:
             return
         if error := task.exception():
             logged(error, prediction.job.order.id)
-            # It is kept for its words alone: the frames of an error, and a drawing, may hold what the device had of it.
-            prediction.job.drawing = None
+            # Kept for its words alone: an error's frames, and the engine's future, may hold what the device had of it.
+            prediction.job.future = None
             forget_frames(error)
         elif self._known.get(name) is prediction:
             del self._known[name]  # the ledger has it
