@@ -69,7 +69,7 @@ def build_latents(
     """Encodes scenes 0..count of the things with these names, or of all, into ``folder``; done once, then read back."""
     sprites = Sprites.open(sprites_folder, names)
     scenes = [scene_at(sprites, size, i) for i in range(count)]
-    path = folder / f"latents-{size[0]}x{size[1]}-{count}-{fingerprint(vae, scenes[:FEW])}.npy"
+    path = folder / f"latents-{size[0]}x{size[1]}-{count}-{fingerprint(vae.encoder, vae.quant_conv, scenes[:FEW])}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         ranges = [range(i, min(i + 500, count)) for i in range(0, count, 500)]

@@ -62,7 +62,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         "cpu", True, FIRST, vae_steps=1150, scenes=24_000, text_steps=2500, teacher_steps=15_000, batch=32,
-        decoder_steps=4000, fast_decoder_steps=5500, distillations=QUICK,
+        decoder_steps=4000, fast_decoder_steps=11_000, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
