@@ -141,7 +141,7 @@ def test_the_fast_decoder_learns_from_the_decoder_as_it_came_to_be(
     monkeypatch.setattr(recipe, "train_fast_decoder", train_fast_decoder)
     config = replace(ground.card, fast_decoder=FAST)
     ground, preset = replace(ground, card=config), recipe.PRESETS["cpu"]
-    recipe.fast_decoder(tmp_path, tmp_path / "out", preset, ground)
+    recipe.fast_decoder(tmp_path, tmp_path / "out", preset, ground, as_drawn(ground, tmp_path / "drawn"))
     recipe.decoders(tmp_path, tmp_path / "out", preset, ground, small_sprites())
     assert len(set(taught)) == 2
     written = load_vae(tmp_path / "out/vae/diffusion_pytorch_model.safetensors", ground.card, "cpu", torch.float32)

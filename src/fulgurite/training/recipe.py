@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -127,12 +128,12 @@ def decoders(work: Path, out: Path, preset: Preset, ground: Ground, sprites: Spr
     if PartialState().is_main_process:
         # Only training encodes: for a few hundredths of a latent's spread the package is 2 MB smaller.
         save_network(ground.vae, out / "vae/diffusion_pytorch_model.safetensors", coarse="encoder.")
-    fast_decoder(work, out, preset, ground)
+    fast_decoder(work, out, preset, ground, drawn)
 
 
-def fast_decoder(work: Path, out: Path, preset: Preset, ground: Ground) -> None:
+def fast_decoder(work: Path, out: Path, preset: Preset, ground: Ground, drawn: np.ndarray) -> None:
     """Trains the card's fast decoder from the ground's, and writes it into the model's folder ``out``."""
-    config, drawn = ground.card.fast_decoder, as_drawn(ground, work / "drawn")
+    config = ground.card.fast_decoder
     assert config
     folder = work / f"fast_decoder-{fingerprint(drawn, ground.vae)}"
     decoder = train_fast_decoder(drawn, ground.vae, config, folder, preset.fast_decoder_steps, ground.run)
@@ -169,7 +170,7 @@ def decoders_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) 
 def fast_decoder_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
     """A fast decoder for a finished model, from its decoder as it is."""
     ground, _ = ground_of(work, model, preset, LESSONS, run)
-    fast_decoder(work, out, preset, ground)
+    fast_decoder(work, out, preset, ground, as_drawn(ground, work / "drawn"))
 
 
 def students_inside() -> dict[int, Files]:
