@@ -26,9 +26,9 @@ help:
 demo: .venv/installed
 	@$(BIN)/python examples/demo.py
 
-# Two processes: most tests keep one core busy.
+# Two processes: most tests keep one core busy. Those of a group, which share what takes long to start, are in one.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fulgurite import Pipeline, pipeline, threads
 from fulgurite.cli import app
-from fulgurite.cli_serve import warm_up
+from fulgurite.engine import warm_up
 from fulgurite.settings import read_settings
 
 
@@ -138,11 +138,12 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPat
     assert (result.exit_code, result.stderr) == (1, "Error: Cannot write output.png: No space left on device.\n")
 
 
-def test_a_server_is_warm_before_it_answers(engine: FakeEngine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_is_warm_before_it_answers(engine: FakeEngine) -> None:
     settings = read_settings(warm=(f"{LIGHTNING}:4", SPARK), demo=True)
-    warm_up(engine, settings)
+    said: list[str] = []
+    warm_up(engine.submit, settings, said.append)
     assert [(model, request.num_steps) for model, request in engine.jobs] == [(f"{SPARK}-lightning", 4), (SPARK, 20)]
-    assert [line.split(" is warm")[0] for line in capsys.readouterr().err.splitlines()] == [f"{SPARK}-lightning", SPARK]
+    assert [line.split(" is warm")[0] for line in said] == [f"{SPARK}-lightning", SPARK]
 
 
 def test_a_server_that_cannot_be_warm_says_why() -> None:

@@ -1,4 +1,4 @@
-"""What the server asks of an engine, of the real one and of the fake that stands for it in the server's tests."""
+"""What the server asks of an engine: of the real one, of a cluster's, and of the fake of the server's tests."""
 
 import inspect
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ import pytest
 from conftest import SPARK, Blank, FakeEngine, engine_of
 
 from fulgurite import Request
+from fulgurite.cluster import ClusterEngine
+from fulgurite.cluster.replica import Replica
 from fulgurite.engine import Engine as RealEngine
 from fulgurite.server.protocol import Engine
 
@@ -15,13 +17,18 @@ FOX = Request("a red fox", width=256, height=256, num_steps=4, seed=1)
 METHODS = [name for name, _ in inspect.getmembers(Engine, inspect.isfunction) if not name.startswith("_")]
 
 
-@pytest.fixture(params=["real", "fake"])
+@pytest.fixture(params=["real", "cluster", "fake"])
 def either(request: pytest.FixtureRequest) -> Iterator[Engine]:
     if request.param == "fake":
         yield FakeEngine()
-    else:
-        with closing(engine_of(Blank())) as engine:
+        return
+    with closing(engine_of(Blank())) as engine:
+        if request.param == "real":
             yield engine
+        else:
+            replica = Replica(lambda say: engine)
+            with closing(ClusterEngine(replica.draw, lambda: 1, 64, 60, lambda: None)) as cluster:
+                yield cluster
 
 
 def test_the_protocol_is_small_and_every_part_of_it_documented() -> None:
@@ -29,7 +36,7 @@ def test_the_protocol_is_small_and_every_part_of_it_documented() -> None:
     assert all(getattr(Engine, name).__doc__ for name in METHODS)
 
 
-@pytest.mark.parametrize("engine", [RealEngine, FakeEngine])
+@pytest.mark.parametrize("engine", [RealEngine, ClusterEngine, FakeEngine])
 @pytest.mark.parametrize("name", METHODS)
 def test_an_engine_takes_what_the_protocol_says(engine: type, name: str) -> None:
     wanted, found = (inspect.signature(getattr(of, name)).parameters for of in (Engine, engine))

@@ -27,6 +27,7 @@ MAY_KNOW = {
     "threads": set(),
     "records": set(),
     "engine": {"cards", "errors", "kernels", "models", "pipeline", "request", "sampling", "settings", "weights"},
+    "cluster": {"cards", "engine", "errors", "request", "settings", "threads"},
     "ledger": {"errors", "records", "settings"},
     # The engine and the ledger by protocols:
     "server": {"cards", "errors", "parameters", "picture_file", "records", "request", "settings"},

@@ -3,14 +3,17 @@
 import gc
 import logging
 import signal
-import time
 from contextlib import ExitStack, closing, suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fulgurite.errors import FulguriteError
+
 if TYPE_CHECKING:
+    from fulgurite.cluster import ClusterEngine
     from fulgurite.engine import Engine
     from fulgurite.ledger import Ledger
     from fulgurite.server.listening import Server
@@ -50,6 +53,9 @@ def serve(
     ] = None,
     unet_gb: Annotated[float | None, typer.Option(help="Gigabytes that UNets may fill before one goes.")] = None,
     queue_size: Annotated[int | None, typer.Option(help="Pictures waiting, past which the answer is 503.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines on a Ray cluster (RAY_ADDRESS, or one on this machine), a GPU each.")
+    ] = None,
     deadline_seconds: Annotated[float | None, typer.Option(help="Within which a picture is made or given up.")] = None,
     hang_seconds: Annotated[float | None, typer.Option(help="One step's, before the device is taken for dead.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="That a request's body may have.")] = None,
@@ -64,9 +70,10 @@ def serve(
     given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}
 
     from fulgurite.cards import add
+    from fulgurite.engine import warm_up
     from fulgurite.ledger import open_ledger
-    from fulgurite.server import DEMO, JSONLines, create_app, demo_notice, server_for
-    from fulgurite.settings import read_settings
+    from fulgurite.server import JSONLines, create_app, demo_notice, server_for
+    from fulgurite.settings import DEMO, read_settings
 
     settings = read_settings(**given)
     add(settings.cards)
@@ -86,11 +93,12 @@ def serve(
         app = create_app(engine, ledger, settings)
         server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
         opened.enter_context(listener)
-        warm_up(engine, settings)
+        if not settings.replicas:  # they are warm
+            warm_up(engine.submit, settings, say)
         say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
         if settings.demo:
-            for asked in DEMO:
-                say(demo_notice(asked))
+            for asked, drawn_by in DEMO.items():
+                say(demo_notice(asked, drawn_by))
         # What is here now stays: collecting garbage need not walk through all of torch again and again.
         gc.collect()
         gc.freeze()
@@ -109,35 +117,14 @@ def admit(settings: "Settings", ledger: "Ledger") -> None:
         say(f"Your API key, shown this once: {secret}")
 
 
-def warm_up(engine: "Engine", settings: "Settings") -> None:
-    """Draws a picture by each checkpoint that is to be ready when the first request comes.
+def engine_for(settings: "Settings") -> "Engine | ClusterEngine":
+    """The one of this process, or those of a cluster. Raises FulguriteError."""
+    if settings.replicas:
+        if not find_spec("ray"):
+            raise FulguriteError(f"{settings.origin('replicas')}: that needs Ray: pip install 'fulgurite[cluster]'.")
+        from fulgurite.cluster import open_cluster
 
-    So its weights are loaded and laid out, and kernels compiled for the API's usual size. Raises what drawing raises.
-    """
-    from fulgurite.request import Request
-    from fulgurite.server import DEMO
-    from fulgurite.settings import model_and_steps
+        return open_cluster(settings, say)
+    from fulgurite.engine import open_engine
 
-    for model, steps in map(model_and_steps, settings.warm):
-        model = DEMO.get(model, model) if settings.demo else model
-        decoder = settings.usual_decoder(model)
-        request = Request("warm-up", num_steps=steps or Request.num_steps, seed=0, decoder=decoder)
-        started = time.monotonic()
-        picture = engine.submit(model, request).result()
-        seconds = time.monotonic() - started
-        say(f"{picture.model} is warm: loading it and a picture of {picture.steps} steps took {seconds:.1f} s.")
-
-
-def engine_for(settings: "Settings") -> "Engine":
-    from fulgurite.engine import Engine, Loader, Runner
-    from fulgurite.kernels import compiled
-
-    loader = Loader.from_settings(settings)  # once here, so that what this machine cannot do is told at once
-    say(f"Pictures are drawn in {loader.precision}, device {loader.device}.")
-
-    def runner() -> Any:
-        if loader.device == "cpu":
-            compiled.keep_apart()
-        return Runner(Loader.from_settings(settings), exact=settings.exact)
-
-    return Engine(runner, settings.queue_size, settings.deadline_seconds, settings.hang_seconds)
+    return open_engine(settings, say)

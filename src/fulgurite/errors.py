@@ -16,9 +16,15 @@ FulguriteError
     └── NotPulledError    the weights are not on this machine: says how to pull them
 """
 
+from typing import Any
+
 
 class FulguriteError(Exception):
     """Anything that this program reports to people in one line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes as it is: pickle would call the class with the message alone, which some do not take.
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class SettingError(FulguriteError):

@@ -1,9 +1,8 @@
 """The whole way from prompt to pixels, a stage at a time, to be read top to bottom."""
 
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -132,15 +131,15 @@ class Pipeline:
     def start(self, request: Request, encode: Callable[[str], Encoded]) -> Row:
         """A request's row before its first step: noise, and what the network is told about it."""
         started = time.perf_counter()
-        seed = secrets.randbits(32) if request.seed is None else request.seed
-        request, to = replace(request, seed=seed), plan(self.card, request)
+        request, to = request.seeded(), plan(self.card, request)
+        assert request.seed is not None
         if request.decoder == "fast" and not self.networks.fast_decoder:
             raise no_fast_decoder(self.card, to.steps)
         schedule = trailing_schedule(to.steps)
         prompts = [request.prompt] + ([request.negative_prompt] if to.strength != 1 else [])
         contexts, pooled = zip(*map(encode, prompts), strict=True)
         sizes = size_conditioning(to.drawn_size if self.card.native_shapes else (request.width, request.height))
-        noise = starting_noise(seed, to.latent_shape, float(schedule.sigmas[0]))
+        noise = starting_noise(request.seed, to.latent_shape, float(schedule.sigmas[0]))
         return Row(
             request,
             to,

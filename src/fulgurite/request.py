@@ -1,8 +1,9 @@
 """What is asked for, what that comes to with a model, and what is given: records, known without any network."""
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -29,6 +30,10 @@ class Request:
     guidance: float = DEFAULT_GUIDANCE  # 7.5: as the model's card says
     seed: int | None = None  # 0..2**64 - 1; None: a random one
     decoder: Decoder = "full"
+
+    def seeded(self) -> "Request":
+        """The same, with a random seed where it has none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from fulgurite.errors import FulguriteError
 
 PREFIX = "FULGURITE_"
 CONFIG = PREFIX + "CONFIG"  # the file's path, where it is not the usual one
+MOST_STEPS = 20  # that the API lets a picture have
+DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 
 # Kubernetes tells every pod of a namespace where its Services are. What it says of one called "fulgurite" begins as our
 # own variables do, and FULGURITE_PORT, which it makes a URL, has even the name of a setting. None of it is for us.
@@ -75,6 +77,7 @@ class Settings(BaseModel):
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # docs/engine.md
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
+    replicas: int | None = Field(None, ge=1)  # engines on a Ray cluster, a GPU each; None: one in this process
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
     hang_seconds: float = Field(600, gt=0)  # that one step may take before the device is taken for dead
     exact: bool = True  # a picture is the same to the bit whoever shares its batch; docs/engine.md: what that costs
@@ -112,6 +115,15 @@ class Settings(BaseModel):
         """Of requests that name none."""
         return "fast" if model in self.fast_decoder else "full"
 
+    def drawn_by(self, model: str) -> str:
+        """The model that draws what a model is asked for: itself, but in a demonstration."""
+        return DEMO.get(model, model) if self.demo else model
+
+    def warm_checkpoints(self) -> list[tuple[str, int]]:
+        """The models, and the most steps to spend, that are drawn with once before the server answers."""
+        named = map(model_and_steps, self.warm)
+        return [(self.drawn_by(model), steps or MOST_STEPS) for model, steps in named]
+
     def origin(self, name: str) -> str:
         """Where a setting's value comes from: a flag, a variable, the file, or the default."""
         return self._origins.get(name, "default")
@@ -120,8 +132,8 @@ class Settings(BaseModel):
 def model_and_steps(wanted: str) -> tuple[str, int | None]:
     """What ``MODEL`` or ``MODEL:STEPS`` names. Raises ValueError."""
     model, colon, steps = wanted.partition(":")
-    if colon and not (steps.isdecimal() and 1 <= int(steps) <= 20):
-        raise ValueError(f"{wanted!r}: after the colon stands the most steps to spend, 1 to 20")
+    if colon and not (steps.isdecimal() and 1 <= int(steps) <= MOST_STEPS):
+        raise ValueError(f"{wanted!r}: after the colon stands the most steps to spend, 1 to {MOST_STEPS}")
     return model, int(steps) if steps else None
 
 

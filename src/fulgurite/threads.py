@@ -5,6 +5,9 @@ import os
 SPINS = 1000  # looks at what is waited for, 0.015 ms of them where it was measured; GNU's OpenMP has 300,000
 
 
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the variables that say so
+
+
 def share_cores() -> None:
     """Has threads that wait give their core away soon, for a program that is not alone on its machine.
 
@@ -14,3 +17,8 @@ def share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
+def waiting() -> dict[str, str]:
+    """The environment's variables that say how threads wait here, for programs on other machines to do the same."""
+    return {name: os.environ[name] for name in WAITING if name in os.environ}

@@ -2,6 +2,7 @@
 
 from fulgurite.engine.engine import Engine
 from fulgurite.engine.loading import Loader
+from fulgurite.engine.opening import Say, open_engine, warm_up
 from fulgurite.engine.runner import Load, Runner, Stages
 
-__all__ = ["Engine", "Load", "Loader", "Runner", "Stages"]
+__all__ = ["Engine", "Load", "Loader", "Runner", "Say", "Stages", "open_engine", "warm_up"]

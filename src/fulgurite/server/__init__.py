@@ -4,6 +4,6 @@ from fulgurite.server.app import create_app
 from fulgurite.server.envelope import JSONLines
 from fulgurite.server.listening import server_for
 from fulgurite.server.protocol import Engine, Ledger
-from fulgurite.server.service import DEMO, demo_notice
+from fulgurite.server.service import demo_notice
 
-__all__ = ["DEMO", "Engine", "JSONLines", "Ledger", "create_app", "demo_notice", "server_for"]
+__all__ = ["Engine", "JSONLines", "Ledger", "create_app", "demo_notice", "server_for"]

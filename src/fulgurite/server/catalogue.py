@@ -112,7 +112,7 @@ def add_catalogue(app: FastAPI, service: Service) -> None:
 
 
 async def drawn_example(model: str, service: Service) -> bytes:
-    drawn_by = service.demo.get(model, model)
+    drawn_by = service.settings.drawn_by(model)
     width, height = card(drawn_by).usual_size
     asked = Parameters.model_validate(EXAMPLE | {"width": width, "height": height})
     job = service.engine.submit(drawn_by, Request(**asked.model_dump()))
@@ -131,14 +131,14 @@ def described(model: str, http: HTTPRequest, service: Service) -> dict[str, Any]
         "parameters": parameters_of(model, service),
         "examples": examples_for(model, url),
     }
-    if model in service.demo:
-        shown |= {"answered_by": service.demo[model], "demo": demo_notice(model)}
+    if (drawn_by := service.settings.drawn_by(model)) != model:
+        shown |= {"answered_by": drawn_by, "demo": demo_notice(model, drawn_by)}
     return shown
 
 
 def parameters_of(model: str, service: Service) -> dict[str, Any]:
     """The parameters as JSON Schema, with what is this model's own."""
-    drawn_by = service.demo.get(model, model)
+    drawn_by = service.settings.drawn_by(model)
     schema = Parameters.model_json_schema()
     schema["properties"]["decoder"] |= {
         "enum": list(card(drawn_by).decoders),

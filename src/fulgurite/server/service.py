@@ -19,12 +19,11 @@ from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.webhooks import Webhooks
 from fulgurite.settings import Settings, model_and_steps
 
-DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-def demo_notice(model: str) -> str:
-    return f"Demo: {DEMO[model]}, a much smaller model, answers for {model}."
+def demo_notice(model: str, drawn_by: str) -> str:
+    return f"Demo: {drawn_by}, a much smaller model, answers for {model}."
 
 
 class Service:
@@ -41,7 +40,6 @@ class Service:
         for name, _ in map(model_and_steps, settings.warm):
             if name not in self.served:
                 raise FulguriteError(f"{settings.origin('warm')}: {name!r} is not among the models served.")
-        self.demo = DEMO if settings.demo else {}
         self.metrics = Metrics(engine)
         self.webhooks = Webhooks(settings)
         self.jobs = Jobs(engine, ledger, settings.keep_seconds, self.metrics)
@@ -88,7 +86,7 @@ class Service:
         if key.limits.models is not None and body.model not in key.limits.models:
             may = ", ".join(key.limits.models) or "none"
             raise Problem(403, "model_not_allowed", f"This key may not use {body.model!r}. It may use: {may}.", "model")
-        drawn_by = self.demo.get(body.model, body.model)
+        drawn_by = self.settings.drawn_by(body.model)
         asked = body.data.model_dump()
         if "decoder" not in body.data.model_fields_set:
             asked["decoder"] = self.settings.usual_decoder(drawn_by)
@@ -105,7 +103,7 @@ class Service:
             body_hash=body_hash(body, media_type),
             idempotency_key=idempotency_key(http),
             stream=body.stream or "text/event-stream" in http.headers.get("accept", "").lower(),
-            headers={"X-Fulgurite-Demo": demo_notice(body.model)} if body.model in self.demo else {},
+            headers={"X-Fulgurite-Demo": demo_notice(body.model, drawn_by)} if drawn_by != body.model else {},
         )
         return order, body
 
