@@ -22,10 +22,12 @@ import torch
 from conftest import HEADERS, KEY, SPARK, Blank, body, drawn, engine_of, needs_weights
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import serve
 
 from fulgurite import Picture, Request, errors
 from fulgurite.cluster import ClusterEngine, open_cluster, replica
 from fulgurite.cluster.deployment import share
+from fulgurite.cluster.engine import NOWHERE
 from fulgurite.cluster.replica import Event, Place, Replica, StepTold
 from fulgurite.engine import Loader
 from fulgurite.errors import BusyError, DeviceError, FulguriteError, NotFiniteError, RequestError
@@ -66,14 +68,17 @@ def step(done: int) -> StepTold:
     return StepTold(done, 4, None)
 
 
-def test_a_picture_whose_replica_is_lost_is_drawn_by_another_from_the_same_seed() -> None:
-    replicas = Scripted([Place(0, 0, True), step(1), step(2), LOST], [step(1), step(2), step(3), step(4), PICTURE])
+@pytest.mark.parametrize(
+    "lost", [LOST, ray.exceptions.OutOfMemoryError("killed"), ray.exceptions.NodeDiedError("gone")]
+)
+def test_a_picture_whose_replica_is_lost_is_drawn_by_another_from_the_same_seed(lost: Exception) -> None:
+    replicas = Scripted([Place(0, 0, True), step(1), step(2), lost], [step(1), step(2), step(3), step(4), PICTURE])
     told: list[tuple[int, int]] = []
     with closing(cluster_of(replicas)) as cluster:
         job = cluster.submit(SPARK, replace(FOX, seed=None), lambda done, steps, _: told.append((done, steps)))
         assert job.result(20) is PICTURE
         assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-        assert cluster.stats() == {"queued": 0, "running": 0, "done": 1, "failed": 0, "replicas": 1}
+        assert cluster.stats() == {"queued": 0, "running": 0, "done": 1, "failed": 0, "redrawn": 1, "replicas": 1}
     first, second = replicas.requests
     assert first == second
     assert first.seed is not None
@@ -125,10 +130,13 @@ def test_who_goes_away_frees_the_replica() -> None:
             time.sleep(0.01)
 
 
-def test_closing_ends_what_is_being_drawn() -> None:
-    cluster = cluster_of(Scripted([]))
+@pytest.mark.parametrize("seconds", [None, 0])
+def test_closing_ends_what_is_being_drawn(seconds: float | None) -> None:
+    ended: list[bool] = []
+    cluster = ClusterEngine(Scripted([]), lambda: 1, 2, 60, lambda: ended.append(True))
     job = cluster.submit(SPARK, FOX)
-    cluster.close()
+    cluster.close(seconds)
+    assert ended
     assert job.cancelled()
     assert cluster.state() == "failed"
     with pytest.raises(BusyError, match="shutting down"):
@@ -144,6 +152,9 @@ def test_its_state_is_that_of_all_replicas() -> None:
             jobs.append(cluster.submit(SPARK, FOX) if state == "ready" else jobs[0])
         while cluster.position(jobs[0]) != 1:
             time.sleep(0.01)
+        with pytest.raises(BusyError, match="All 4 places") as refused:
+            cluster.submit(SPARK, FOX)
+        assert refused.value.retry_after >= 3
         assert cluster.seconds_until_begun(jobs[0]) == 2.5
     with closing(cluster_of(Scripted(), replicas=0)) as cluster:
         assert cluster.state() == "failed"
@@ -212,12 +223,12 @@ def test_a_replica_whose_device_failed_ends_itself(monkeypatch: pytest.MonkeyPat
             one.check_health()
 
 
-@given(st.lists(st.integers(0, 200), min_size=1, max_size=6), st.integers(1, 300))
-def test_replicas_have_as_many_processors_as_all_can_have(processors: list[int], replicas: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 8)), min_size=1, max_size=6), st.integers(1, 50))
+def test_replicas_have_as_many_processors_as_all_can_have(machines: list[tuple[int, int]], replicas: int) -> None:
     def room(each: int) -> int:
-        return sum(n // each for n in processors)
+        return sum(min(processors // each, places) for processors, places in machines)
 
-    each = share(processors, replicas)
+    each = share(machines, replicas)
     assert each >= 1
     assert room(each) >= replicas or each == 1
     assert room(each + 1) < replicas
@@ -260,6 +271,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterEngine]
         )
         with closing(open_cluster(settings, said.append)) as cluster:
             assert any("is warm" in line for line in said)
+            while cluster.stats()["replicas"] < 2:
+                time.sleep(0.1)
             yield cluster
 
 
@@ -267,7 +280,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterEngine]
 def alone(cluster: ClusterEngine) -> Iterator[Loader]:
     """Draws here, with as many threads as each replica has."""
     before = torch.get_num_threads()
-    torch.set_num_threads(share([int(ray.cluster_resources()["CPU"])], 2))
+    torch.set_num_threads(share([(int(ray.cluster_resources()["CPU"]), 2)], 2))
     yield Loader("cpu")
     torch.set_num_threads(before)
 
@@ -296,6 +309,26 @@ def test_what_is_wrong_is_told_as_by_an_engine(cluster: ClusterEngine) -> None:
 
 
 @needs_weights
+def test_who_goes_away_frees_the_replica_on_a_cluster_too(cluster: ClusterEngine) -> None:
+    [name] = serve.status().applications
+    replicas = serve.get_app_handle(name)
+
+    def of_both(*names: str) -> int:
+        return sum(found[name] for found in replicas.broadcast("stats").results(timeout_s=60) for name in names)
+
+    before = of_both("done")
+    jobs = [cluster.submit(SPARK, replace(FOX, seed=seed, num_steps=20)) for seed in range(60)]
+    while any(job.place is NOWHERE for job in jobs):  # each is in a replica's queue
+        time.sleep(0.01)
+    for job in jobs:
+        cluster.cancel(job)
+
+    while of_both("queued", "running"):
+        time.sleep(0.1)
+    assert of_both("done") - before < 30
+
+
+@needs_weights
 def test_a_replica_that_is_killed_loses_no_picture(cluster: ClusterEngine, alone: Loader) -> None:
     requests = [replace(FOX, seed=seed, num_steps=8) for seed in range(24)]
     ways, first_step = cluster._draw, threading.Event()
@@ -319,9 +352,9 @@ def test_a_replica_that_is_killed_loses_no_picture(cluster: ClusterEngine, alone
     for request, job in zip(requests, jobs, strict=True):
         assert job.result().image.tobytes() == pipeline.draw(request).image.tobytes()
     until = time.monotonic() + 60
-    while (cluster.stats()["replicas"] < 2 or victim in replica_names()) and time.monotonic() < until:
+    while (len(names := replica_names()) < 2 or victim in names) and time.monotonic() < until:
         time.sleep(0.1)
-    assert len(replica_names()) == 2  # another took its place
+    assert len(names) == 2  # another took its place
 
 
 @needs_weights

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,139 +17,178 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ReplicaState
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from fulgurite.cluster.engine import ClusterEngine
-from fulgurite.cluster.replica import Replica, start
+from fulgurite.cluster.replica import Event, Replica, start
 from fulgurite.errors import FulguriteError
+from fulgurite.request import Request
 from fulgurite.settings import Settings
 from fulgurite.threads import waiting
 
-APP = "fulgurite"
+log = logging.getLogger("fulgurite")
+PREFIX = "fulgurite-"  # of the applications' names; each server has one of its own
 LOOK_SECONDS = 1.0  # between two looks at how many replicas there are
-HEALTH_SECONDS = 5.0  # between Ray's
+STALE_SECONDS = 10.0  # after which what the last look found says nothing
+HEALTH_SECONDS = 5.0, 30.0  # between Ray's looks at a replica, and how long it may take to answer one
+STARTS = 3  # of a replica that fails to, before all is given up
+BEGUN = 1000  # more pictures than a replica ever has begun at once
 SECRETS = {"api_key": None, "ledger": None, "webhook_secret": None}  # which no worker needs
 
 
 def open_cluster(settings: Settings, say: Callable[[str], None]) -> ClusterEngine:
-    """Starts ``settings.replicas`` engines on the Ray cluster that RAY_ADDRESS names, and waits until they are ready.
+    """Starts ``settings.replicas`` engines on the Ray cluster that RAY_ADDRESS names, and waits until one is ready.
 
-    Where it names none, and none runs on this machine, one is started that ends with this program. A server that was
-    here before and left its replicas behind has them replaced. Raises FulguriteError where they cannot be had.
+    Where it names none, and none runs on this machine, one is started that ends with this program. Those of an earlier
+    server on the cluster are ended. Raises FulguriteError where they cannot be had.
     """
-    assert settings.replicas
     if settings.device not in ("auto", "cuda", "cpu"):
         why = f"each of the replicas has a device of its own: cuda or cpu, not {settings.device!r}."
         raise FulguriteError(f"{settings.origin('device')}: {why}")
     join()
+    name = PREFIX + uuid.uuid4().hex[:8]
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        resources = each_one(settings, nodes)
-        say(f"Starting on a Ray cluster: {counted(settings.replicas, 'engine')}, {told(resources)} each.")
-        if (gpus := sum(node.get("GPU", 0) for node in nodes)) < settings.replicas * resources.get("num_gpus", 0):
-            say(f"The cluster has {counted(int(gpus), 'GPU')}: waiting until there are {settings.replicas}.")
         serve.start(proxy_location=ProxyLocation.Disabled)
-        deployment: Any = serve.deployment(Replica)
-        application = deployment.options(
-            num_replicas=settings.replicas,
-            ray_actor_options={**resources, "runtime_env": {"env_vars": waiting()}},
-            # An engine knows best how much is too much, and whose turn it is: nothing waits before it.
-            max_ongoing_requests=2 * settings.queue_size,
-            graceful_shutdown_timeout_s=settings.shutdown_seconds,
-            graceful_shutdown_wait_loop_s=0.2,
-            health_check_period_s=HEALTH_SECONDS,
-            health_check_timeout_s=settings.hang_seconds,
-        ).bind(partial(start, settings.model_copy(update=SECRETS)))
-        handle: Any = serve.run(application, name=APP, route_prefix=None)
+        for earlier in serve.status().applications:
+            if earlier.startswith(PREFIX):
+                say("Ending the engines of an earlier server.")
+                serve.delete(earlier)
+        handle: Any = deployed(settings, name, say)
         for line in handle.ready.remote().result():
             say(line)
+        remote = handle.options(stream=True).draw.remote
+        watch = Watch(name)
     except BaseException as error:
-        why = failure()
-        leave()
-        if isinstance(error, RayServeException | RuntimeError):
-            raise FulguriteError(f"The engines cannot start: {why or error}") from error
+        leave(name)
+        if isinstance(error, RayError | RayServeException | RuntimeError | TimeoutError):
+            raise FulguriteError(f"The engines cannot start: {error}") from error
         raise
-    watch = Watch()
+
+    async def draw(model: str, request: Request, key: str, steps_told: bool) -> AsyncGenerator[Event, None]:
+        events = remote(model, request, key, steps_told)
+        try:
+            async for event in events:
+                yield event
+        finally:  # Ray goes on with what nobody listens to
+            events.cancel()
 
     def close() -> None:
         watch.stop()
-        leave()
+        leave(name)
 
-    return ClusterEngine(
-        handle.options(stream=True).draw.remote,
-        lambda: watch.running,
-        settings.queue_size,
-        settings.deadline_seconds,
-        close,
-    )
+    return ClusterEngine(draw, watch.running, settings.queue_size, settings.deadline_seconds, close)
 
 
 def join() -> None:
     """Raises FulguriteError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray tells its makers
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if "://" in (address := os.environ.get("RAY_ADDRESS", "")):
+        raise FulguriteError(
+            f"RAY_ADDRESS: {address!r} is for who is outside of a cluster: run the server on one of its machines."
+        )
     at_the_end = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(namespace=APP, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (RayError, ConnectionError, ValueError) as error:
-        why = str(error).partition("\n")[0].rstrip(".")
-        hint = "RAY_ADDRESS names the cluster; one that asks for a token wants RAY_AUTH_MODE=token too"
+        ray.init(namespace="fulgurite", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+        why = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        hint = (
+            "RAY_ADDRESS names the cluster, of which this machine has to be one, with the same Ray and Python; "
+            "one that asks for a token wants RAY_AUTH_MODE=token too"
+        )
         raise FulguriteError(f"Cannot join or start a Ray cluster: {why}. {hint}.") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_the_end)  # Ray has put its own there
 
 
-def each_one(settings: Settings, nodes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What a replica takes of these machines: a GPU; where there are none, its share of processors, at least one."""
-    if settings.device == "cuda" or (settings.device == "auto" and any(node.get("GPU") for node in nodes)):
-        return {"num_cpus": 1, "num_gpus": 1}
-    assert settings.replicas
-    return {"num_cpus": share([int(node.get("CPU", 0)) for node in nodes], settings.replicas)}
+def deployed(settings: Settings, name: str, say: Callable[[str], None]) -> Any:
+    """Ray's handle of the replicas, one of which is ready. Raises FulguriteError where none will be."""
+    replicas = settings.replicas or 1
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [node.get("GPU", 0) for node in nodes]
+    on_gpus = settings.device == "cuda" or (settings.device == "auto" and any(gpus))
+    machines = [(int(node.get("CPU", 0)), int(n) if on_gpus else replicas) for node, n in zip(nodes, gpus, strict=True)]
+    threads = share(machines, replicas)
+    each = "a GPU" if on_gpus else counted(threads, "processor")
+    say(f"Starting on a Ray cluster: {counted(replicas, 'engine')}, {each} each.")
+    deployment: Any = serve.deployment(Replica)
+    application = deployment.options(
+        num_replicas=replicas,
+        ray_actor_options={
+            "num_cpus": 1 if on_gpus else threads,
+            "num_gpus": int(on_gpus),
+            "runtime_env": {"env_vars": {**waiting(), "OMP_NUM_THREADS": str(threads)}},
+        },
+        # An engine knows best how much is too much, and whose turn it is: nothing waits before it.
+        max_ongoing_requests=settings.queue_size + BEGUN,
+        max_constructor_retry_count=STARTS,
+        graceful_shutdown_timeout_s=settings.shutdown_seconds,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=HEALTH_SECONDS[0],
+        health_check_timeout_s=HEALTH_SECONDS[1],
+    ).bind(partial(start, settings.model_copy(update=SECRETS)))
+    target = serve.RunTarget(application, name, route_prefix=None)
+    [handle] = serve.run_many([target], wait_for_applications_running=False)
+    said = ""
+    while True:
+        application = serve.status().applications[name]
+        message = " ".join(one.message.strip() for one in application.deployments.values())
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            why = re.sub(r"^fulgurite[.]errors[.]\w+: ", "", (message or application.message).rpartition("\n")[2])
+            raise FulguriteError(f"The engines cannot start: {why}")
+        if ready(application):
+            return handle
+        if message not in ("", said):
+            said = message
+            say(message)
+        time.sleep(0.1)
 
 
-def share(processors: Sequence[int], replicas: int) -> int:
-    """The most processors that each of so many replicas can have, on machines that have so many."""
-    fitting = [each for each in range(1, max(processors) + 1) if sum(n // each for n in processors) >= replicas]
-    return max(fitting, default=1)
+def ready(application: Any) -> int:
+    """How many of an application's replicas can draw."""
+    return sum(one.replica_states.get(ReplicaState.RUNNING, 0) for one in application.deployments.values())
 
 
-def told(resources: dict[str, float]) -> str:
-    return "a GPU" if "num_gpus" in resources else counted(int(resources["num_cpus"]), "processor")
+def share(machines: Sequence[tuple[int, int]], replicas: int) -> int:
+    """The most processors that each of so many replicas can have, of machines' processors and places for replicas."""
+
+    def fit(each: int) -> bool:
+        return sum(min(processors // each, places) for processors, places in machines) >= replicas
+
+    most = max(processors for processors, _ in machines)
+    return max(filter(fit, range(1, most + 1)), default=1)
 
 
 def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def failure() -> str:
-    """Why replicas do not start, by the end of the traceback that Ray has of one."""
-    with suppress(RayError, RayServeException, KeyError):
-        for deployment in serve.status().applications[APP].deployments.values():
-            last = deployment.message.strip().rpartition("\n")[2]
-            return last.removeprefix(f"{FulguriteError.__module__}.{FulguriteError.__name__}: ")
-    return ""
-
-
-def leave() -> None:
-    """Takes the replicas from the cluster, and this program too."""
-    with suppress(RayError, RayServeException):
-        serve.delete(APP)
-    ray.shutdown()
+def leave(name: str) -> None:
+    """Takes the server's replicas from the cluster, and this program too."""
+    try:
+        with suppress(RayError, RayServeException, TimeoutError):
+            serve.delete(name)
+    finally:
+        ray.shutdown()
 
 
 class Watch:
     """How many replicas can draw, looked at beside all else: asking takes its time, the longer the worse things are."""
 
-    def __init__(self) -> None:
-        self.running = 0
+    def __init__(self, name: str) -> None:
+        self._name, self._found, self._when = name, 0, time.monotonic()
         self._stopped = threading.Event()
         self._look()
         self._thread = threading.Thread(target=self._work, name="cluster-watch", daemon=True)
         self._thread.start()
 
+    def running(self) -> int:
+        """None, where the cluster has not answered for some time."""
+        return self._found if time.monotonic() - self._when < STALE_SECONDS else 0
+
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(LOOK_SECONDS)
 
     def _work(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
@@ -154,9 +196,8 @@ class Watch:
 
     def _look(self) -> None:
         try:
-            application = serve.status().applications.get(APP)
-        except (RayError, RayServeException):
-            self.running = 0
+            application = serve.status().applications.get(self._name)
+        except Exception:  # whatever it is, the next look may find more
+            log.warning("Ray does not say how its replicas are.", exc_info=True)
             return
-        found = application.deployments.values() if application else ()
-        self.running = sum(deployment.replica_states.get(ReplicaState.RUNNING, 0) for deployment in found)
+        self._found, self._when = ready(application) if application else 0, time.monotonic()

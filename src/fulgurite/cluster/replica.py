@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -65,7 +65,11 @@ class Replica:
         """What starting had to say."""
         return self.said
 
-    async def draw(self, model: str, request: Request, key: str, steps_told: bool) -> AsyncIterator[Event]:
+    def stats(self) -> dict[str, int]:
+        """Its engine's: for who wants to know what one replica does."""
+        return self.engine.stats()
+
+    async def draw(self, model: str, request: Request, key: str, steps_told: bool) -> AsyncGenerator[Event, None]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[StepTold | None]()
 
         def tell(event: StepTold | None) -> None:
@@ -94,7 +98,7 @@ class Replica:
         finally:  # who asked may have gone away
             self.engine.cancel(job)
         failure = job.exception()
-        if isinstance(failure, DeviceError) and self.engine.state() == "failed":
+        if isinstance(failure, DeviceError):
             log.error("The device failed, so this engine ends.", exc_info=failure)
             os._exit(1)
         if isinstance(failure, FulguriteError):

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from fulgurite.records import Entry
 from fulgurite.server.protocol import Engine
@@ -36,11 +36,14 @@ class Metrics:
         )
         self.registry.register(self)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """The engine's numbers, asked for when they are read (prometheus-client's collector protocol)."""
         stats = self._engine.stats()
         for name in ("queued", "running"):
             yield GaugeMetricFamily(f"fulgurite_engine_{name}", f"Pictures {name} now.", stats[name])
+        if "replicas" in stats:
+            yield GaugeMetricFamily("fulgurite_replicas", "Engines of the cluster that can draw.", stats["replicas"])
+            yield CounterMetricFamily("fulgurite_redrawn", "Pictures begun anew, their replica lost.", stats["redrawn"])
 
     def request(self, method: str, path: str, status: int, code: str | None) -> None:
         self._requests.labels(method, path, str(status)).inc()
