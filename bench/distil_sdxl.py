@@ -1,13 +1,15 @@
 """The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
 
-Ready for one GPU of 80 GB. Small changes by squared error and then, upon these, against a judge; last the plan's first
-stage as it is, a whole UNet by squared error, which may not fit. Writes 11 GB into a temporary folder. With --small the
+Ready for one GPU of 80 GB. Small changes by squared error and then, upon these, against a judge; then the plan's first
+stage as it is, a whole UNet by squared error, and a whole UNet against a judge, which may not fit. A step is one batch:
+the plan's updates gather many. Writes 11 GB into a temporary folder. With --small the
 networks are small, which any machine bears.
 
     python bench/distil_sdxl.py [--small] [--batch 4] [--steps 5] [--folder /tmp]
 """
 
 import argparse
+import gc
 import json
 import tempfile
 import time
@@ -92,16 +94,19 @@ def main() -> None:
         ground = Ground(
             of_model, folder / "unet.safetensors", words, encoders, random_network(VAE, of_model.vae, device),
             LatentSet(size, latents, ["a fox"] * 8), arguments.batch, Run(device), torch.bfloat16, checkpointing=True,
+            no_prompt="zeros",
         )  # fmt: skip
         updates = arguments.steps + 1
         guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)
         judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=updates)
-        for plan in (guided, judged, replace(SDXL[0], updates=updates)):
+        whole = replace(SDXL[3], name="whole", teacher="guided", upon="guided", start=None, updates=updates)
+        for plan in (guided, judged, replace(SDXL[0], updates=updates), whole):
             print(json.dumps(measured(plan, ground, folder)), flush=True)
 
 
 def measured(plan: distillation.Distillation, ground: Ground, folder: Path) -> dict[str, object]:
     """Seconds a step and the most memory of a stage's first steps, after one that is not timed; no checkpoints."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_weights
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from small_ground import CARD, small_ground
-from small_sdxl import UNET, roughened
+from small_sdxl import UNET, oracle_unet, roughened
 from torch import nn
 
 from fulgurite import Pipeline
@@ -38,9 +39,9 @@ from fulgurite.training.distil import (
     squared,
 )
 from fulgurite.training.evaluation import found, frechet, score
-from fulgurite.training.loop import Run, TimeIsUpError, save_network
-from fulgurite.training.low_rank import LoRA
-from fulgurite.training.plans import PAPER, QUICK, SDXL
+from fulgurite.training.loop import Adam, Run, Stage, TimeIsUpError, save_network
+from fulgurite.training.low_rank import EDGES, LoRA
+from fulgurite.training.plans import QUICK, SDXL, SMALL
 from fulgurite.training.reader import Reader
 from fulgurite.training.steps import Conditions, Guide, Sayer, denoised, seeded, walked
 from fulgurite.weights import load_networks
@@ -228,13 +229,16 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(
 
 def test_a_judge_learns_alone_at_first_and_in_its_turns(ground: Ground, tmp_path: Path) -> None:
     judging = Judging(at=(10,), resolutions=1, peak=1e-3, ahead=50, turns=2)
-    plan = replace(SQUARED, name="1", teacher_steps=1, steps=1, objective="data", updates=50, judging=judging)
+    plan = replace(
+        SQUARED, name="1", teacher_steps=1, steps=1, objective="data", updates=50, judging=judging, adam=Adam(0.5)
+    )
     changes = []
     for updates in (50, 51, 52):
         distil(replace(plan, updates=updates), ground, tmp_path / str(updates), tmp_path / "work")
-        state = torch.load(tmp_path / "work/1/checkpoint.pt")["networks"]
+        (checkpoint,) = (tmp_path / "work").glob("1-*/checkpoint.pt")
+        state = torch.load(checkpoint)["networks"]
         changes.append(torch.cat([t.flatten() for name, t in state.items() if name.endswith("lora_up.weight")]))
-    (log,) = (json.loads(line) for line in (tmp_path / "work/1/log.jsonl").read_text().splitlines())
+    (log,) = (json.loads(line) for line in checkpoint.with_name("log.jsonl").read_text().splitlines())
     assert log["judge"] < 1  # 1.386 says nothing
     assert "adversarial" not in log
     assert not changes[0].any()
@@ -323,8 +327,86 @@ def test_a_student_may_predict_the_clean_latent_where_its_teacher_predicts_noise
     twice = load_file(distil(plan, replace(noise, checkpointing=True), tmp_path / "twice", tmp_path / "b"))
     for name, tensor in once.items():
         torch.testing.assert_close(twice[name], tensor, atol=2e-3, rtol=2e-3)
-    with Image.open(tmp_path / "a/1/sheet-000004.jpg") as drawn:
+    (sheet,) = (tmp_path / "a").glob("1-*/sheet-000004.jpg")
+    with Image.open(sheet) as drawn:
         assert drawn.size == (8 * 32, 32)
+
+
+def test_nothing_is_gone_on_from_that_learned_from_others(ground: Ground, tmp_path: Path) -> None:
+    """In one folder of work, students of another undistilled model, other data or another plan begin anew."""
+    first = load_file(distil(SQUARED, ground, tmp_path / "first", tmp_path / "work"))
+    unet = UNet(UNET)
+    roughened(unet)
+    save_network(unet, tmp_path / "other.safetensors")
+    data = replace(ground.latents, latents=ground.latents.latents + np.float16(1))
+    others = (
+        (SQUARED, replace(ground, unet=tmp_path / "other.safetensors")),
+        (SQUARED, replace(ground, latents=data)),
+        (replace(SQUARED, peak=2 * SQUARED.peak), ground),
+    )
+    for i, (plan, other) in enumerate(others):
+        found = load_file(distil(plan, other, tmp_path / str(i), tmp_path / "work"))
+        assert any(not torch.equal(found[name], tensor) for name, tensor in first.items())
+    again = load_file(distil(SQUARED, ground, tmp_path / "again", tmp_path / "work"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+def test_batches_that_are_gathered_learn_what_one_large_batch_does(tmp_path: Path) -> None:
+    """And nothing is averaged that is not asked for."""
+    rows = torch.randn(4, 8)
+    ends = []
+    for gathered in (1, 2):
+        torch.manual_seed(0)
+        networks = nn.ModuleDict({"one": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+        stage = Stage(tmp_path / str(gathered), networks, 1e-2, 3, 0.9, gathered=gathered, averaged=["one"])
+        numbers = []
+        while stage.step < 3:
+            for part in rows.chunk(gathered):
+                numbers.append(stage.number)
+                out = networks["other"](networks["one"](part))
+                stage.update({"squared": out.square().mean()})
+        assert numbers == list(range(3 * gathered))
+        assert list(stage.average) == ["one"]
+        ends.append(torch.cat([p.flatten() for p in networks.parameters()]))
+    torch.testing.assert_close(*ends)
+
+
+def test_small_changes_without_edges_draw_in_diffusers_as_here(tmp_path: Path) -> None:
+    unet, theirs = roughened(UNet(UNET)), oracle_unet(UNET)
+    theirs.load_state_dict(unet.state_dict())
+    lora = LoRA(unet, 2, edges=False)
+    assert not [name for name in lora if name.startswith(tuple(f"lora_unet_{edge}" for edge in EDGES))]
+    roughened(lora)
+    save_network(lora, tmp_path / "lora.safetensors")
+    lora.load(tmp_path / "lora.safetensors")
+    x, timesteps, told = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), conditions(2)
+    plain = unet(x, timesteps, *vars(told).values())
+    lora.attach(unet)
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+        tmp_path, weight_name="lora.safetensors", unet_config=theirs.config
+    )
+    theirs.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+    assert sum("lora_A" in dict(module.named_children()) for module in theirs.modules()) == len(lora)
+    added = {"text_embeds": told.pooled, "time_ids": told.sizes}
+    wanted = theirs(x, timesteps, told.context, added_cond_kwargs=added).sample
+    found = unet(x, timesteps, *vars(told).values())
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+    assert (found - plain).abs().max() > 0.01
+
+
+def test_guided_away_from_nothing(ground: Ground) -> None:
+    """SDXL is told zeros where there is no prompt: away from these, a step is as classifier-free guidance has it."""
+    sayer, schedule = Sayer(ground.tokenizers, ground.encoders, "cpu"), trailing_schedule(8)
+    unet = load_unet(ground.unet, CARD, "cpu", torch.float32)
+    plan = replace(SQUARED, teacher=None, teacher_steps=8, steps=8, guidance=3.0)
+    step = a_step(unet, replace(ground, no_prompt="zeros"), sayer, plan, schedule, 0)
+    nothing = replace(step.told, context=0 * step.told.context, pooled=0 * step.told.pooled)
+    with torch.no_grad():
+        wanted, unwanted = (
+            denoised(unet, step.x, step.sigma, step.timesteps, told, "v") for told in (step.told, nothing)
+        )
+    guided = euler_step(step.x, unwanted + 3 * (wanted - unwanted), step.sigma, step.following)
+    torch.testing.assert_close(step.reached, guided, atol=1e-3, rtol=1e-3)
 
 
 def test_a_run_whose_time_is_up_keeps_what_it_did(ground: Ground, tmp_path: Path) -> None:
@@ -347,7 +429,7 @@ def test_guidance_is_in_the_first_teachers_steps_alone(ground: Ground) -> None:
     assert not torch.equal(guided.reached, plain.reached)
 
 
-@pytest.mark.parametrize("plans", [PAPER, SDXL, QUICK], ids=["paper", "sdxl", "quick"])
+@pytest.mark.parametrize("plans", [SMALL, SDXL, QUICK], ids=["small", "sdxl", "quick"])
 def test_a_plan_names_students_that_are_there_by_then(plans: tuple[Distillation, ...]) -> None:
     done: set[str] = set()
     for plan in plans:

@@ -8,12 +8,14 @@ that compares it with data. Students are LoRA files on the undistilled UNet; tea
 serves them.
 """
 
+import gc
 import random
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,9 @@ from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
 from fulgurite.sampling import Schedule, euler_step, per_row, scale_input, trailing_schedule, train_sigmas
 from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss, unsteadiness
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, said
-from fulgurite.training.loop import HERE, Part, Run, Stage, save_network
+from fulgurite.training.loop import ADAM, HERE, Adam, Part, Run, Stage, save_network
 from fulgurite.training.low_rank import LoRA
 from fulgurite.training.scenes import no_caption
 from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
@@ -36,11 +39,11 @@ from fulgurite.weights.load import load_unet
 
 NEAR = 0.1  # noise, of what is real, within which a judge is to say the same
 STEADY = 10.0  # weight of that it does
-MOMENTUM = 0.5  # of both sides' gradients: each changes what the other's mean
-HEADS_PEAK = 1e-3  # learning rate of a judge's heads, which are new where its UNet is not
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
 SHEET = 8  # pictures
+ENDS = 1 << 20  # bytes
+FEW = 64  # latents that stand for all
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Judging:
 
     at: tuple[int, ...] = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before that, at random
     resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
-    peak: float = 3e-5  # learning rate of the judge's UNet
+    peak: float | None = None  # learning rate of the judge's UNet, where it is not the student's
+    heads: float | None = None  # of its heads, where that is not its UNet's
     ahead: int = 0  # updates in which the judge learns alone, before the student's first
     turns: int = 1  # updates of the judge for each of the student's
 
@@ -71,6 +75,8 @@ class Distillation:
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
     judging: Judging = Judging()
+    adam: Adam = ADAM
+    edges: bool = True  # small changes are those of the first and last convolutions and of the embeddings, too
     share: float = 1.0  # of the way from its start's weights to what it learned, where it ends (arXiv 2109.01903)
 
 
@@ -162,6 +168,8 @@ class Ground:
     run: Run = HERE
     dtype: torch.dtype = torch.float32  # of all that does not learn
     checkpointing: bool = False  # activations computed twice rather than kept: SDXL's do not fit otherwise
+    gathered: int = 1  # batches to an update
+    no_prompt: Literal["said", "zeros"] = "said"  # what the undistilled model is told that is guided away from nothing
 
 
 def student_file(students: Path, name: str, whole: bool, prediction: str | None = None) -> Path:
@@ -218,7 +226,10 @@ def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, sche
     x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
     guide = None
     if plan.teacher is None:
-        away = sayer([no_caption(rng) for _ in clean], ground.latents.size)
+        if ground.no_prompt == "zeros":
+            away = told.nothing()
+        else:
+            away = sayer([no_caption(rng) for _ in clean], ground.latents.size)
         guide = Guide(away, plan.guidance or ground.card.guidance_strength)
     reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
     return Step(
@@ -249,7 +260,9 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     if path.exists():
         return path
     torch.manual_seed(0)
-    device, folder, judging = ground.run.device, folder / plan.name, plan.judging
+    gc.collect()  # of the stage before: its networks hold themselves, and a GPU has no room for both
+    torch.cuda.empty_cache()
+    device, folder, judging = ground.run.device, folder / f"{plan.name}-{made_of(plan, ground, students)}", plan.judging
     unet, networks, judge = learning(plan, ground, students)
     if plan.objective == "data":
         next_step = partial(a_last_step, unet)
@@ -258,7 +271,8 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     beginning = deepcopy(networks["student"]) if plan.share < 1 else None
     parts = {"student": Part(plan.peak, judging.ahead)}
     if judge:
-        parts |= {"judge.unet": Part(judging.peak), "judge.heads": Part(HEADS_PEAK)}
+        peak = judging.peak or plan.peak
+        parts |= {"judge.unet": Part(peak), "judge.heads": Part(judging.heads or peak)}
     stage = Stage(
         folder,
         networks,
@@ -266,8 +280,10 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
         plan.updates,
         decay=0.99 ** (1 / judging.turns),
         save_every=SAVE_EVERY,
-        momentum=MOMENTUM if judge else 0.9,
+        adam=plan.adam,
         run=ground.run,
+        gathered=ground.gathered,
+        averaged=["student"],
     )
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
@@ -296,6 +312,24 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     return path
 
 
+def made_of(plan: Distillation, ground: Ground, students: Path) -> str:
+    """A fingerprint of all that a student comes from, so that no other's checkpoint is gone on from."""
+    names = sorted({name for name in (plan.teacher, plan.start, plan.upon) if name})
+    files = [ground.unet, *(finished_student(students, name)[0] for name in names)]
+    return fingerprint(
+        replace(plan, updates=0), ground.card.prediction, ground.latents.latents[:FEW], *map(ends, files)
+    )
+
+
+def ends(file: Path) -> bytes:
+    """A file's size, its beginning and its end: of gigabytes of weights these tell enough."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        first = opened.read(ENDS)
+        opened.seek(max(0, size - ENDS))
+        return b"%d " % size + first + opened.read(ENDS)
+
+
 def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict, Discriminator | None]:
     """The student's UNet, all that learns, by name, and the judge of it, where the student has one."""
     if plan.rank is None:
@@ -303,7 +337,7 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
         networks = nn.ModuleDict({"student": unet.requires_grad_(True)})
     else:
         unet = network(ground, students, plan.upon)
-        lora = LoRA(unet, plan.rank).to(ground.run.device)
+        lora = LoRA(unet, plan.rank, plan.edges).to(ground.run.device)
         if plan.start:
             lora.load(finished_student(students, plan.start)[0])
         lora.attach(unet)

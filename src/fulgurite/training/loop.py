@@ -7,6 +7,7 @@ its own, and all make the same update with their gradients' mean.
 import json
 import math
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,18 @@ def save_network(network: nn.Module, path: Path, coarse: str | None = None) -> N
 
 
 @dataclass(frozen=True)
+class Adam:
+    """The optimizer's numbers (arXiv 1412.6980; decay as in arXiv 1711.05101)."""
+
+    momentum: float = 0.9
+    squares: float = 0.99  # of their running mean
+    decay: float = 0.01  # of weights
+
+
+ADAM = Adam()
+
+
+@dataclass(frozen=True)
 class Part:
     """How a part of a stage's networks learns."""
 
@@ -81,7 +94,8 @@ class Stage:
 
     The average (EMA) is what ships: it is a few points better than the last step's weights. ``peak`` is the highest
     learning rate, or where not all learns alike a part of its own for each network, or what is in one, by its name.
-    Files are written by the first process alone.
+    ``gathered`` batches make an update together. ``averaged`` names the networks of which there is an average, where
+    not all ship. Files are written by the first process alone.
     """
 
     def __init__(
@@ -92,35 +106,48 @@ class Stage:
         steps: int,
         decay: float,
         save_every: int = 500,
-        momentum: float = 0.9,
+        adam: Adam = ADAM,
         run: Run = HERE,
+        gathered: int = 1,
+        averaged: Sequence[str] | None = None,
     ) -> None:
         self.folder, self.networks, self.steps, self.decay = folder, networks, steps, decay
         self.save_every, self.run, self.processes = save_every, run, PartialState()
-        self.average = deepcopy(networks).requires_grad_(False)
+        self.gathered, self._batches = gathered, 0  # since the last update
+        self._source = nn.ModuleDict({name: networks[name] for name in averaged or networks})
+        self.average = deepcopy(self._source).requires_grad_(False)
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
         self.parts = peak if isinstance(peak, dict) else {"": Part(peak)}
         groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
-        self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.99), weight_decay=0.01, fused=True)
+        betas = adam.momentum, adam.squares
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=adam.decay, fused=True)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
         if self.checkpoint.exists():
-            self._load(torch.load(self.checkpoint, map_location=run.device, weights_only=True))
+            # A file's pages, not memory: on a GPU there is no room for all of it beside what it is loaded into.
+            self._load(torch.load(self.checkpoint, map_location="cpu", mmap=True, weights_only=True))
         self.bar = progress_bar()
         self.task = self.bar.add_task(folder.name, total=steps, completed=self.step, losses="")
 
     @property
     def number(self) -> int:
         """Of this process's next batch: no two batches of a stage have the same."""
-        return self.step * self.processes.num_processes + self.processes.process_index
+        batch = self.step * self.gathered + self._batches
+        return batch * self.processes.num_processes + self.processes.process_index
 
     def update(self, losses: dict[str, torch.Tensor]) -> None:
-        """One optimizer step on the sum of the losses; logs every 50 steps, saves now and then and at the end.
+        """One batch's losses; with as many as an update takes one optimizer step on the sum of them.
 
-        Raises TimeIsUpError once the run's time is over.
+        Logs every 50 steps, saves now and then and at the end. Raises TimeIsUpError once the run's time is over.
         """
-        sum(losses.values()).backward()  # type: ignore[union-attr]
+        (sum(losses.values()) / self.gathered).backward()  # type: ignore[union-attr]
+        for name, loss in losses.items():
+            self.losses[name] = 0.95 * self.losses.get(name, loss.item()) + 0.05 * loss.item()
+        self._batches += 1
+        if self._batches < self.gathered:
+            return
+        self._batches = 0
         if self.processes.num_processes > 1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -133,10 +160,8 @@ class Stage:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             averages: list[torch.Tensor] = list(self.average.parameters())
-            torch._foreach_lerp_(averages, list(self.networks.parameters()), 1 - decay)
+            torch._foreach_lerp_(averages, list(self._source.parameters()), 1 - decay)
         self.step += 1
-        for name, loss in losses.items():
-            self.losses[name] = 0.95 * self.losses.get(name, loss.item()) + 0.05 * loss.item()
         self._tell()
         over = self.run.over()
         if over or self.step % self.save_every == 0 or self.step == self.steps:
@@ -147,7 +172,7 @@ class Stage:
 
     def due(self, every: int) -> bool:
         """Whether this process is the one to do what is done every so many steps."""
-        return self.step % every == 0 and self.processes.is_main_process
+        return self._batches == 0 and self.step % every == 0 and self.processes.is_main_process
 
     def _tell(self) -> None:
         if not self.processes.is_main_process:

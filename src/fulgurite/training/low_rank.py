@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fulgurite.weights.files import read
 
 Layer = nn.Linear | nn.Conv2d
+EDGES = ("conv_in", "conv_out", "time_embedding", "add_embedding")
 
 
 class Change(nn.Module):
@@ -31,13 +32,19 @@ class Change(nn.Module):
 
 
 class LoRA(nn.ModuleDict):
-    """Changes of every linear layer and every convolution of a UNet (arXiv 2402.13929, section 4).
+    """Changes of every linear layer and every convolution of a UNet; without its ``edges`` as the paper has them.
 
-    Its state is a LoRA file as SDXL-Lightning's are: ``lora_unet_down_blocks_0_...lora_down.weight``.
+    Those are the first and the last convolution, and the layers of the timestep's and the sizes' embeddings
+    (arXiv 2402.13929, section 3.6). Its state is a LoRA file as SDXL-Lightning's are:
+    ``lora_unet_down_blocks_0_...lora_down.weight``. (diffusers reads no changes of the sizes' embedding.)
     """
 
-    def __init__(self, unet: nn.Module, rank: int) -> None:
-        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    def __init__(self, unet: nn.Module, rank: int, edges: bool = True) -> None:
+        layers = {
+            name: layer
+            for name, layer in unet.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and (edges or name.partition(".")[0] not in EDGES)
+        }
         super().__init__({published_name(name): Change(layer, rank) for name, layer in layers.items()})
 
     def attach(self, unet: nn.Module) -> None:

@@ -1,71 +1,115 @@
 """Which students are trained, from whom, in which order."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fulgurite.training.distil import Distillation, Judging
+from fulgurite.training.loop import Adam
 
 RANK = 64  # of the published LoRA files
 
 
-def adversarial(
-    teacher: str,
-    teacher_steps: int,
-    steps: int,
-    updates: tuple[int, int, int],
-    upon: str | None = None,
-    prediction: str | None = None,
-) -> tuple[Distillation, ...]:
-    """A student of a whole UNet, as the paper's each stage has it.
+@dataclass(frozen=True)
+class Pace:
+    """How fast students learn: rates of the first stage, of small changes against both judges, of whole UNets.
 
-    First small changes upon the teacher, against a judge that sees where steps begin, then against one that does not;
-    then these are merged, and the whole UNet learns on against the second kind.
+    ``judge`` and ``heads``: the judges' own rates, where they are not the student's.
     """
+
+    squared: float
+    conditional: float
+    relaxed: float
+    whole: float
+    judge: float | None
+    heads: float | None
+    alone: Adam  # by squared error
+    against: Adam  # a judge
+    edges: bool  # whether small changes are those of the first and last convolutions and of the embeddings, too
+
+
+# The paper's section 3.6, of batches of 512.
+SDXL_PACE = Pace(
+    1e-5, 1e-6, 1e-6, 5e-7, None, None, Adam(0.9, 0.999, decay=0), Adam(0.0, 0.99, decay=0), edges=False
+)  # fmt: skip
+# Of the small model: a hundredth of the updates, of smaller batches.
+SMALL_PACE = Pace(1e-4, 3e-4, 2e-4, 2e-5, 3e-5, 1e-3, Adam(), Adam(0.5), edges=True)
+
+# Where steps are short, ends are judged as they are; of one or two steps with noise added, so that structure counts as
+# much as detail does (the paper's section 3.7.2).
+AS_THEY_ARE, NOISED = (0,), (10, 250, 500, 750)
+
+
+def adversarial(
+    pace: Pace,
+    steps: int,
+    teacher: str,
+    farther: str,
+    updates: tuple[int, int, int] = (6_000, 3_000, 3_000),
+    beneath: Distillation | None = None,
+) -> tuple[Distillation, ...]:
+    """A student of a whole UNet, as the paper's each stage has it, of teachers that are named by their steps.
+
+    First small changes upon the teacher, or upon who is ``beneath``, against a judge that sees where steps begin, then
+    against one that does not;
+    then these are merged, and the whole UNet learns on against the second kind. What that one judges is free of the
+    teacher's path, so it may learn from the teacher's teacher, which draws better (the paper's section 3.4).
+    """
+    judging = Judging(at=NOISED if steps <= 2 else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
     knowing = Distillation(
-        f"{steps}-conditional",
-        teacher,
-        teacher_steps,
-        steps,
-        "conditional",
-        None,
-        updates[0],
-        3e-4,
-        RANK,
-        upon or teacher,
-        prediction=prediction,
-    )
+        f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, updates[0], pace.conditional, RANK,
+        beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None, judging=judging,
+        adam=pace.against, edges=pace.edges,
+    )  # fmt: skip
     relaxed = replace(
-        knowing, name=f"{steps}-relaxed", objective="relaxed", start=knowing.name, updates=updates[1], peak=2e-4
+        knowing,
+        name=f"{steps}-relaxed",
+        teacher=farther,
+        teacher_steps=int(farther),
+        objective="relaxed",
+        start=knowing.name,
+        updates=updates[1],
+        peak=pace.relaxed,
     )
-    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=updates[2], peak=2e-5, rank=None)
+    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=updates[2], peak=pace.whole, rank=None)
     return knowing, relaxed, whole
 
 
-# SDXL-Lightning's own stages (arXiv 2402.13929): squared error with guidance once, then adversarially.
-PAPER = (
-    Distillation("32", None, 128, 32, "squared", None, 20_000, 1e-4, None),
-    *adversarial("32", 32, 8, (6_000, 3_000, 3_000)),
-    *adversarial("8", 8, 4, (6_000, 3_000, 3_000)),
-    *adversarial("4", 4, 2, (6_000, 3_000, 3_000)),
-    *adversarial("2", 2, 1, (6_000, 3_000, 3_000)),
-)
+def paper(pace: Pace, beneath: Distillation | None = None) -> tuple[Distillation, ...]:
+    """SDXL-Lightning's own stages (arXiv 2402.13929): squared error with guidance once, then adversarially.
 
-# The same for SDXL, which predicts noise. From pure noise that says next to nothing of the clean latent, so the student
-# of one step predicts that instead, which it is first taught by squared error.
-SDXL = (
-    *PAPER[:-3],
-    Distillation("1-x0", "2", 2, 1, "squared", None, 3_000, 1e-5, None, "2", prediction="x0"),
-    *adversarial("2", 2, 1, (6_000, 3_000, 3_000), upon="1-x0", prediction="x0"),
+    How many updates is not said there. ``beneath``: whom the student of one step begins with, if not that of two.
+    """
+    return (
+        Distillation("32", None, 128, 32, "squared", None, 20_000, pace.squared, None, adam=pace.alone),
+        *adversarial(pace, 8, "32", "32"),
+        *adversarial(pace, 4, "8", "8"),
+        *adversarial(pace, 2, "4", "8"),
+        *([beneath] if beneath else []),
+        *adversarial(pace, 1, "2", "4", beneath=beneath),
+    )
+
+
+SMALL = paper(SMALL_PACE)
+
+# SDXL predicts noise. From pure noise that says next to nothing of the clean latent, so the student of one step
+# predicts that instead: first what the student of two steps would make of it in one (the paper's section 3.7.3).
+SDXL = paper(
+    SDXL_PACE,
+    Distillation(
+        "1-x0", "2", 1, 1, "squared", None, 3_000, SDXL_PACE.squared, None, "2", prediction="x0", adam=SDXL_PACE.alone
+    ),
 )
 
 # A judge that is ahead of the student: of one step's latents the finest features at next to no noise tell the most.
-KEEN = Judging(at=(10,), resolutions=2, peak=3e-4, ahead=450, turns=3)
+KEEN = Judging(at=(10,), resolutions=2, peak=3e-4, heads=1e-3, ahead=450, turns=3)
 
 # What two CPU cores bear. The undistilled small model is as good in 4 steps as in 32, so all that a student of 8, 4 or
 # 2 steps takes from it is guidance, and one file serves for them. Of the strength it takes the one that the judge of
 # finished models likes best. That of one step, blurred by squared error alone, learns from data besides, and ends half
 # way: all the way surfaces are blotched.
 QUICK = (
-    Distillation("guided", None, 8, 8, "squared", None, 320, 2e-3, 10, guidance=2.0),
+    Distillation("guided", None, 8, 8, "squared", None, 4800, 2e-3, 12, guidance=2.0),
     Distillation("1-squared", "guided", 4, 1, "squared", None, 200, 1e-3, 2, upon="guided"),
-    Distillation("1", None, 1, 1, "data", "1-squared", 2100, 3e-4, 2, upon="guided", judging=KEEN, share=0.5),
+    Distillation(
+        "1", None, 1, 1, "data", "1-squared", 2100, 3e-4, 2, upon="guided", judging=KEEN, adam=Adam(0.5), share=0.5
+    ),
 )

@@ -22,7 +22,7 @@ from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
-from fulgurite.training.plans import PAPER, QUICK
+from fulgurite.training.plans import QUICK, SMALL
 from fulgurite.training.preview import preview_lines
 from fulgurite.training.scenes import caption, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
@@ -67,7 +67,7 @@ PRESETS = {
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
-        decoder_steps=10_000, fast_decoder_steps=50_000, distillations=PAPER,
+        decoder_steps=10_000, fast_decoder_steps=50_000, distillations=SMALL,
     ),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from fulgurite.weights.load import load_text_encoder, load_tokenizer, load_vae
 
 SIZE = (1024, 1024)  # width, height in pixels
 BATCH = 4  # a device
+TOGETHER = 512  # pictures to an update, on all devices: the paper's
 GUIDANCE = 6.0  # of the teacher: the paper's
 KINDS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -50,13 +51,16 @@ def picture_latents(pictures: Path, vae: VAE, size: tuple[int, int], folder: Pat
         rows = []
         for file in files:
             with Image.open(file) as image:
-                pixels = to_pixels(np.asarray(ImageOps.fit(image.convert("RGB"), size))[None])
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                pixels = to_pixels(np.asarray(ImageOps.fit(upright, size))[None])
             mean, _ = vae.encode(pixels.to(weight))
             rows.append((mean * vae.config.scaling_factor).half().cpu().numpy())
         folder.mkdir(parents=True, exist_ok=True)
         np.save(path, np.concatenate(rows))
     return LatentSet(
-        size, np.load(path), [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
+        size,
+        np.load(path, mmap_mode="r"),
+        [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files],
     )
 
 
@@ -72,7 +76,10 @@ def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) ->
     vae = load_vae(files.vae, of_model, run.device, dtype)
     with PartialState().main_process_first():
         latents = picture_latents(pictures, vae, SIZE, work / "latents")
-    ground = Ground(of_model, files.unet, tokenizers, encoders, vae, latents, BATCH, run, dtype, checkpointing=True)
+    ground = Ground(
+        of_model, files.unet, tokenizers, encoders, vae, latents, BATCH, run, dtype, checkpointing=True,
+        gathered=max(1, round(TOGETHER / (BATCH * PartialState().num_processes))), no_prompt="zeros",
+    )  # fmt: skip
     for plan in SDXL:
         distil(plan, ground, out, work / "distil")
     if PartialState().is_main_process:

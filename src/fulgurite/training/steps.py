@@ -18,7 +18,7 @@ from fulgurite.sampling import (
     trailing_schedule,
 )
 
-DECODED = 16  # pictures together: more do not fit a processor's cache
+DECODED = 4096  # places of latents together: more do not fit a processor's cache
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Conditions:
     context: Tensor  # [B, L, D]
     pooled: Tensor  # [B, P]
     sizes: Tensor  # [B, 6]
+
+    def nothing(self) -> "Conditions":
+        """Of no prompt at all, as SDXL was trained: no states, where the prompt's are."""
+        return replace(self, context=torch.zeros_like(self.context), pooled=torch.zeros_like(self.pooled))
 
     def rows(self, start: int, stop: int) -> "Conditions":
         return Conditions(self.context[start:stop], self.pooled[start:stop], self.sizes[start:stop])
@@ -127,7 +131,8 @@ def decoded(vae: VAE, latents: Tensor) -> Tensor:
     """Pictures ``[B, 3, H, W]`` in -1..1."""
     x = (latents / vae.config.scaling_factor).to(torch.bfloat16, memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16):
-        return torch.cat([vae.decode(part) for part in x.split(DECODED)]).float().clamp(-1, 1)
+        at_once = max(1, DECODED // (x.shape[2] * x.shape[3]))
+        return torch.cat([vae.decode(part) for part in x.split(at_once)]).float().clamp(-1, 1)
 
 
 def on(schedule: Schedule, device: str) -> Schedule:
