@@ -51,6 +51,14 @@ def test_pictures_steps_money_and_errors_are_counted(client: TestClient, engine:
     assert found["fulgurite_engine_queued",] == 0
 
 
+def test_a_cluster_s_replicas_are_told(client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [name for name, *_ in samples(client) if "replicas" in name]
+    numbers = engine.stats() | {"replicas": 7, "redrawn": 3}
+    monkeypatch.setattr(engine, "stats", lambda: numbers)
+    found = samples(client)
+    assert (found["fulgurite_replicas",], found["fulgurite_redrawn_total",]) == (7, 3)
+
+
 def test_a_replayed_answer_is_no_new_picture(client: TestClient) -> None:
     for _ in range(3):
         assert client.post("/api/v1", json=body(), headers={"Idempotency-Key": "once"}).status_code == 200

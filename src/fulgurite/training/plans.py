@@ -49,9 +49,9 @@ def adversarial(
     """A student of a whole UNet, as the paper's each stage has it, of teachers that are named by their steps.
 
     First small changes upon the teacher, or upon who is ``beneath``, against a judge that sees where steps begin, then
-    against one that does not;
-    then these are merged, and the whole UNet learns on against the second kind. What that one judges is free of the
-    teacher's path, so it may learn from the teacher's teacher, which draws better (the paper's section 3.4).
+    against one that does not; then these are merged, and the whole UNet learns on against the second kind. What that
+    one judges is free of the teacher's path, so examples may be ``farther``'s, the teacher's teacher, who draws better
+    (the paper's section 3.4).
     """
     judging = Judging(at=NOISED if steps <= 2 else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
     knowing = Distillation(
