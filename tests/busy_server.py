@@ -1,8 +1,10 @@
 """A server in a process of its own: the real one and the real engine, over a pipeline that only takes its time."""
 
+import logging
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from conftest import Blank, engine_of
 
@@ -12,8 +14,9 @@ from fulgurite.server import create_app, server_for
 from fulgurite.settings import read_settings
 
 
-def serve(url: str, step_seconds: float, shutdown_seconds: int, tell: Connection) -> None:
+def serve(url: str, step_seconds: float, shutdown_seconds: int, log: Path, tell: Connection) -> None:
     """Tells its port. Every picture takes ``step_seconds`` a step."""
+    logging.basicConfig(filename=log)
 
     def take_time(stage: str, rows: Sequence[Row]) -> None:
         if stage == "step":

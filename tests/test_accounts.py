@@ -7,6 +7,7 @@ import logging
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -468,6 +469,50 @@ def test_keys_on_the_command_line() -> None:
     assert "There is no model 'acme/nope'" in command("keys", "create", "x", "--model", "acme/nope").stderr
 
 
+def test_names_are_shown_as_they_are() -> None:
+    name = "oops [/nope] [red]x[/red] :smile: 赤い狐\n\x1b[2J"
+    shown = "oops [/nope] [red]x[/red] :smile: 赤い狐\\n\\x1b[2J"
+    made = command("keys", "create", name)
+    listed = command("keys", "list").stdout
+    assert shown in listed
+    assert listed.count("\n") == 2
+    assert shown in made.stderr
+    key_id = listed.splitlines()[1].split()[0]
+    assert shown in command("keys", "rotate", key_id).stderr
+    assert shown in command("keys", "revoke", key_id).stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "said"),
+    [
+        (["--rpm", "1000001"], 2, "--rpm"),
+        (["--rpm", "9" * 30], 2, "--rpm"),
+        (["--pictures", "1000001"], 2, "--pictures"),
+        (["--expires", "2020-01-01"], 1, "--expires: on 2020-01-01 the key would have expired already"),
+        (["--expires", f"{now():%Y-%m-%d}"], 1, "--expires: "),
+    ],
+)
+def test_limits_that_a_key_cannot_have(flags: list[str], exit_code: int, said: str) -> None:
+    made = command("keys", "create", "x", *flags)
+    assert (made.exit_code, made.stdout) == (exit_code, "")
+    assert said in made.stderr
+    assert command("keys", "list").stdout.count("\n") == 1
+
+
+def test_the_home_that_a_flag_names(home: Path, tmp_path: Path) -> None:
+    there = ("--home", str(tmp_path / "other"))
+    secret = command("keys", "create", "bob", *there).stdout.strip()
+    books = open_ledger(read_settings(home=tmp_path / "other"))
+    key = books.keys.find(secret)
+    assert key
+    books.close()
+    assert "bob" in command("keys", "list", *there).stdout
+    assert command("usage", "--key", key.id, *there).exit_code == 0
+    assert command("keys", "rotate", key.id, *there).exit_code == 0
+    assert command("keys", "revoke", key.id, *there).exit_code == 0
+    assert not home.exists()
+
+
 def test_usage_on_the_command_line(engine: FakeEngine) -> None:
     books = open_ledger(read_settings())
     key_id, headers = with_key(books)
@@ -481,7 +526,10 @@ def test_usage_on_the_command_line(engine: FakeEngine) -> None:
     ]
     assert "$0.0033" in command("usage").stdout
     assert command("usage", "--csv", "--until", "2020-01-01").stdout.count("\n") == 1
-    assert command("usage", "--key", "key_x").exit_code == 0
+    assert key_id in command("usage", "--key", key_id).stdout
+    unknown = command("usage", "--key", "key_x")
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert "--key: there is no key 'key_x'." in unknown.stderr
     assert command("usage", "--since", "yesterday").exit_code == 2
 
 

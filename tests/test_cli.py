@@ -14,10 +14,12 @@ from conftest import LIGHTNING, SPARK, FakeEngine, needs_weights
 from PIL import Image
 from typer.testing import CliRunner
 
-from fulgurite import Pipeline, pipeline, threads
+from fulgurite import Pipeline, __version__, cards, pipeline, threads
 from fulgurite.cli import app
+from fulgurite.cli_ledger import show_table
 from fulgurite.engine import warm_up
 from fulgurite.settings import read_settings
+from fulgurite.training.students import write_card
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,11 @@ def test_another_size_is_said() -> None:
         (["fox", "-o", "fox.jpg"], "name it fox.png"),
         (["fox", "-o", "fox"], "name it fox.png"),
         (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere"),
-        (["fox", "-o", "folder.png"], "cannot be written"),
+        (["fox", "-o", "folder.png"], "folder.png is a folder: name a file in it, such as folder.png/output.png."),
+        (["fox", "-o", "."], "--output: . is a folder: name a file in it, such as output.png."),
+        (["fox", "-o", ""], "--output: . is a folder"),
+        (["fox", "-o", ".."], "--output: .. is a folder"),
+        (["fox", "--cards", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str) -> None:
@@ -172,7 +178,7 @@ def test_a_server_that_cannot_be_made_says_why_and_leaves_nothing_open() -> None
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         for flags, said in (
-            (["--model", "acme/nope"], "There is no model 'acme/nope' here."),
+            (["--model", "acme/nope"], "--model: There is no model 'acme/nope' here."),
             (["--port", port], f"Cannot listen on 127.0.0.1, port {port}: "),
             (["--device", "abacus"], "--device: cannot compute on 'abacus' here: "),
         ):
@@ -187,6 +193,39 @@ def test_models_lists_the_cards() -> None:
     result = run("models")
     assert SPARK in result.stdout
     assert "1, 2, 4, 8" in result.stdout
+
+
+def test_models_and_pull_take_cards_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "added", {})
+    Path("cards").mkdir()
+    write_card("spark.toml", Path("cards/fox.toml"), Path("cards/fox/unet/model.safetensors"))
+    assert "local/fox" in run("models", "--cards", "cards").stdout
+    monkeypatch.setattr(cards, "added", {})
+    assert "local/fox" not in run("models").stdout
+    assert "local/fox" in run("pull", "local/hare", "--cards", "cards").stderr
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = run("models").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [LIGHTNING, SPARK, f"{SPARK}-lightning"]
+    assert "on the hub: pull them" in lines[1]
+
+
+def test_on_a_narrow_terminal_nothing_of_a_table_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")  # whose width rich takes to be 80
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_table(("id", "name"), [("i" * 60, "x " + "y" * 40)], whole=("id",))
+    shown = capsys.readouterr().out
+    assert "i" * 60 in shown
+    assert (shown.count("x"), shown.count("y")) == (1, 40)
+    assert shown.count("\n") == 3  # the title, and two lines of the name
+
+
+def test_the_version() -> None:
+    assert run("--version").stdout == f"fulgurite {__version__}\n"
 
 
 def test_pull_hands_the_card_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

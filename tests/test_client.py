@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,7 @@ def test_what_passes_is_tried_again_under_one_key(draw: Callable[..., client.Dra
         (lambda: httpx.Response(502, text="<html>"), 5, "answered 502 Bad Gateway"),
         (lambda: httpx.Response(500, json=["odd"]), 5, "answered 500"),
         (lambda: httpx.ConnectError("refused"), 5, "cannot be reached: refused"),
+        (lambda: httpx.Response(200, headers={"X-Fulgurite-Seed": "five"}), 5, "malformed header: .*'five'"),
     ],
 )
 def test_what_does_not_pass_is_an_error(
@@ -180,6 +182,46 @@ def test_progress(draw: Callable[..., client.Drawn], address: str) -> None:
     assert Image.open(io.BytesIO(steps[0].preview)).format == "JPEG"
     assert picture.content == draw(address + "/api/v1", KEY, **options).content
     assert (picture.seed, picture.steps, picture.media_type) == (5, 3, "image/png")
+
+
+def test_progress_told_to_an_async_function() -> None:
+    steps: list[int] = []
+
+    async def told(step: client.Step) -> None:
+        steps.append(step.done)
+
+    sent = b'event: step\ndata: {"step": 1, "steps": 1, "preview": null}\n\n' + DONE
+    async_draw("http://host", "k", scripted([httpx.Response(200, content=sent, headers=EVENTS)], []), on_step=told)
+    assert steps == [1]
+
+
+def test_what_is_none_is_not_sent(draw: Callable[..., client.Drawn]) -> None:
+    seen: list[httpx.Request] = []
+    nothing = dict.fromkeys(client.Options.__annotations__)
+    draw("http://host", "k", scripted([httpx.Response(200)], seen), **nothing)
+    assert json.loads(seen[0].content) == {"model": client.LIGHTNING, "data": {"prompt": "a red fox"}}
+    assert seen[0].headers["Idempotency-Key"]
+    assert "Accept" not in seen[0].headers
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("url", "key", "said"),
+    [
+        ("http://host", "", "The key is empty"),
+        ("http://host", "ü", "The key has .* a letter beyond ASCII"),
+        ("http://host", "fg-key\n", "The key has .* a line end"),
+        ("127.0.0.1:8320/api/v1", "k", "'127.0.0.1:8320/api/v1' is no full address: write it as http://"),
+        ("localhost:8320/api/v1", "k", "is no full address"),
+        ("http:///api/v1", "k", "is no full address"),
+        ("http://host:port", "k", "'http://host:port' cannot be read: Invalid port"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_at_once(
+    kind: type[Client] | type[AsyncClient], url: str, key: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        kind(url, key)
 
 
 def test_what_goes_wrong_in_a_stream(draw: Callable[..., client.Drawn], address: str, engine: FakeEngine) -> None:

@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fulgurite.errors import CreditSpentError, LedgerError, UnknownKeyError
-from fulgurite.ledger import Ledger
+from fulgurite.ledger import Ledger, open_ledger
 from fulgurite.ledger.database import log_ahead
 from fulgurite.ledger.tables import metadata
 from fulgurite.records import Answer, Entry, Key, Limits, Usage, now
+from fulgurite.settings import read_settings
 
 PRICE = 1100
 
@@ -291,7 +292,9 @@ def test_servers_that_start_together_make_one_schema(opened: Callable[[], Ledger
     ("url", "said"),
     [
         ("not a url", "FULGURITE_LEDGER is not a database's URL"),
-        ("nothing://secret-word@host/x", "FULGURITE_LEDGER is not a database's URL"),
+        ("nothing://secret-word@host/x", "in SQLite or in PostgreSQL, not in 'nothing'"),
+        ("mysql://user:secret-word@host/x", "in SQLite or in PostgreSQL, not in 'mysql'"),
+        ("postgresql://user:secret-word@host:port/x", "FULGURITE_LEDGER is not a database's URL"),
         ("postgresql://user:secret-word@127.0.0.1:1/x", r"Cannot open the ledger postgresql.*:\*\*\*@127.0.0.1"),
         ("sqlite:////nowhere/at/all.db", "Cannot open the ledger sqlite:////nowhere/at/all.db: unable to open"),
     ],
@@ -301,6 +304,21 @@ def test_a_ledger_that_cannot_be_opened_says_why_and_no_secret(url: str, said: s
         Ledger(url)
     assert "secret-word" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "sqlite+pysqlite"])
+def test_the_driver_is_ours_whichever_the_url_names(driver: str, tmp_path: Path) -> None:
+    books = Ledger(f"{driver}:///{tmp_path / 'x.db'}")
+    books.close()
+    assert (tmp_path / "x.db").exists()
+
+
+def test_a_home_that_cannot_be_written_to_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != home)  # whoever runs this: root may write anywhere
+    with pytest.raises(
+        LedgerError, match=f"^Cannot keep the ledger in {home}: it cannot be written to\\. Name another"
+    ):
+        open_ledger(read_settings())
 
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:

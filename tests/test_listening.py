@@ -28,7 +28,7 @@ from fulgurite import Picture, Request
 from fulgurite.errors import FulguriteError
 from fulgurite.ledger import Ledger
 from fulgurite.server import body as request_body
-from fulgurite.server import create_app, listening, server_for
+from fulgurite.server import create_app, listening, server_for, url_of
 from fulgurite.settings import read_settings
 
 CONNECTIONS = 1000
@@ -45,7 +45,7 @@ def start(ledger: Ledger, tmp_path: Path) -> Iterator[Start]:
 
     def start_one(step_seconds: float, shutdown_seconds: int = 5) -> tuple[int, BaseProcess]:
         hear, tell = processes.Pipe(duplex=False)
-        arguments = f"sqlite:///{tmp_path / 'ledger.db'}", step_seconds, shutdown_seconds, tell
+        arguments = f"sqlite:///{tmp_path / 'ledger.db'}", step_seconds, shutdown_seconds, tmp_path / "log", tell
         started.append(processes.Process(target=busy_server.serve, args=arguments, daemon=True))
         started[-1].start()
         tell.close()
@@ -317,7 +317,28 @@ def refuses(port: int) -> bool:
     return False
 
 
-def test_what_does_not_end_in_time_is_stopped_and_costs_nothing(start: Start, ledger: Ledger) -> None:
+def test_a_second_ctrl_c_waits_for_no_picture(start: Start, ledger: Ledger, tmp_path: Path) -> None:
+    """Who asked for it is told so."""
+    port, server = start(step_seconds=1, shutdown_seconds=60)
+    with connected(port) as connection:
+        content = json.dumps(body(num_steps=20)).encode()
+        connection.sendall(HEAD + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        wait_until(lambda: running(port))
+        os.kill(server.pid or 0, signal.SIGINT)
+        wait_until(lambda: refuses(port))
+        os.kill(server.pid or 0, signal.SIGINT)
+        assert status_of_answer(connection) == 503
+    server.join(20)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)]
+
+
+def test_the_address_told_is_a_url() -> None:
+    assert url_of("::1", 8311) == "http://[::1]:8311"
+    assert url_of("127.0.0.1", 8311) == "http://127.0.0.1:8311"
+
+
+def test_what_does_not_end_in_time_is_stopped_and_costs_nothing(start: Start, ledger: Ledger, tmp_path: Path) -> None:
     port, server = start(step_seconds=2, shutdown_seconds=1)
     url = f"http://127.0.0.1:{port}/api/v1"
     for _ in range(2):
@@ -329,6 +350,8 @@ def test_what_does_not_end_in_time_is_stopped_and_costs_nothing(start: Start, le
             lambda: running(port) + httpx.get(f"http://127.0.0.1:{port}/healthz").json()["engine"]["queued"] == 3
         )
         os.kill(server.pid or 0, signal.SIGTERM)
+        assert status_of_answer(connection) == 503
         server.join(20)
         assert server.exitcode is not None
+    assert "Traceback" not in (tmp_path / "log").read_text()
     assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)] * 3

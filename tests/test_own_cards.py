@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fulgurite import Pipeline, cards
 from fulgurite.cli import app
 from fulgurite.errors import FulguriteError
+from fulgurite.parameters import Parameters
 from fulgurite.training.recipe import UNET_FILE
 from fulgurite.training.students import students_in, write_card
 from fulgurite.weights.load import locate
@@ -87,7 +88,7 @@ def test_the_commands_know_own_cards(trained: Path, monkeypatch: pytest.MonkeyPa
     ("text", "message"),
     [
         ("id = 1 2", "bad.toml is no model's card"),
-        ('id = "x"', "bad.toml is no model's card: 'text_encoder'"),
+        ('id = "x"', r"bad.toml is no model's card: the table \[text_encoder\] is missing\.$"),
         (None, "there is a model fulgurite/spark already"),
     ],
 )
@@ -118,6 +119,17 @@ def test_a_card_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, m
         ("[unet]", "[unet]\nin_chanels = 4", "unet.in_chanels = 4: Unexpected"),
         ("[unet]", "[unet]\nin_channels = 4.5", "unet.in_channels = 4.5: Input should be a valid integer"),
         ("[unet]\n", "", r"unet: Field required\.$"),
+        ("[text_encoder_2]", "[text_encoder_3]", r"the table \[text_encoder_2\] is missing\.$"),
+        ("schedules = [1, 2, 4, 8]", "schedules = [25, 50]", "schedules.0 = 25: .* less than or equal to 20"),
+        ("native_shapes = []", "native_shapes = [[0, -5]]", "native_shapes.0.0 = 0: Input should be greater than 0"),
+        ("native_shapes = []", "native_shapes = [[512, 500]]", "native_shapes: 512x500 .* multiples of 8"),
+        ("cost_microdollars = 1100", f"cost_microdollars = 1{'0' * 25}", "cost_microdollars = 10+: Input should be"),
+        (
+            "cost_microdollars = 1100",
+            "cost_microdollars = 1_000_000_001",
+            "cost_microdollars = 1000000001: .* 1000000000",
+        ),
+        ('source = "hub"', 'source = "local"', "weights.path: it is empty"),
     ],
 )
 def test_what_a_card_cannot_say_is_named(tmp_path: Path, line: str, instead: str, message: str) -> None:
@@ -126,6 +138,30 @@ def test_what_a_card_cannot_say_is_named(tmp_path: Path, line: str, instead: str
     (tmp_path / "bad.toml").write_text(of_package.replace(line, instead, 1))
     with pytest.raises(FulguriteError, match=f"bad.toml is no model's card: {message}"):
         cards.add(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("my fox", "my-fox"), (".füchse 2", "f-chse-2"), ("...", "model"), ("a.b_c-d", "a.b_c-d")]
+)
+def test_a_trained_model_s_id_is_one_whatever_its_folder_is_called(tmp_path: Path, name: str, wanted: str) -> None:
+    write_card("spark.toml", tmp_path / f"{name}.toml", tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
+    assert cards.parse((tmp_path / f"{name}.toml").read_text("utf-8")).id == f"local/{wanted}"
+
+
+@pytest.mark.parametrize("name", ["", "my fox", "fox?", "fox#1", "/fox", "fox/", "local//fox", "local/..", "füchse"])
+def test_an_id_is_for_an_address(name: str) -> None:
+    of_package = (resources.files("fulgurite.cards") / "spark.toml").read_text("utf-8")
+    with pytest.raises(ValueError, match=r"^id = '.*': An id is letters"):
+        cards.parse(of_package.replace("fulgurite/spark", name, 1))
+    assert cards.parse(of_package.replace("fulgurite/spark", "my_fox-2.0", 1)).id == "my_fox-2.0"
+
+
+def test_the_steps_of_schedules_are_those_of_requests() -> None:
+    of_package = (resources.files("fulgurite.cards") / "spark.toml").read_text("utf-8")
+    most = Parameters.model_json_schema()["properties"]["num_steps"]["maximum"]
+    assert cards.parse(of_package.replace("schedules = []", f"schedules = [{most}]")).schedules == (most,)
+    with pytest.raises(ValueError, match="schedules"):
+        cards.parse(of_package.replace("schedules = []", f"schedules = [{most + 1}]"))
 
 
 def test_a_fast_decoder_is_not_needed() -> None:

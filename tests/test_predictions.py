@@ -101,6 +101,18 @@ def test_of_what_failed_the_log_has_more_and_the_device_keeps_nothing(
     assert [ref() for ref in kept] == [None, None]
 
 
+def test_put_again_when_it_is_made_has_it_at_once(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:
+    """From the server that made it, and from the next one."""
+    made = client.put(f"{URL}/my-own-id", json=body()).json()
+    with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as next_server:
+        for server in (client, next_server):
+            again = server.put(f"{URL}/my-own-id", json=body(), headers=ASYNC)
+            assert (again.status_code, again.json()) == (201, made)
+            other = server.put(f"{URL}/my-own-id", json=body(prompt="a cat"), headers=ASYNC)
+            assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert len(engine.jobs) == 1
+
+
 def test_put_joins_what_runs(client: TestClient, engine: FakeEngine) -> None:
     engine.held = True
     for _ in range(3):

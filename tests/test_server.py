@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +112,15 @@ def test_only_the_models_asked_for_are_served(engine: FakeEngine, ledger: Ledger
         assert response.status_code == 404
         assert error_of(response)["message"].endswith("There are: fulgurite/spark.")
         assert [card["id"] for card in client.get("/api/v1/models").json()["models"]] == [SPARK]
-    with pytest.raises(FulguriteError, match="no model 'nope'"):
-        create_app(engine, ledger, read_settings(models=("nope",)))
+
+
+@pytest.mark.parametrize("setting", ["models", "fast_decoder"])
+def test_a_model_that_is_not_there_is_an_error_that_names_the_setting(
+    engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv(f"FULGURITE_{setting.upper()}", "nope")
+    with pytest.raises(FulguriteError, match=f"^FULGURITE_{setting.upper()}: There is no model 'nope' here"):
+        create_app(engine, ledger, read_settings())
 
 
 @pytest.mark.parametrize(
@@ -152,6 +160,27 @@ def test_other_addresses_and_methods(client: TestClient) -> None:
     response = client.get("/api/v1")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     assert error_of(response)["code"] == "method_not_allowed"
+    for path, allowed in (("predictions/my-own-id", "GET, HEAD, PUT"), ("admin/keys", "GET, HEAD, POST")):
+        response = client.patch(f"/api/v1/{path}")
+        assert (response.status_code, response.headers["allow"]) == (405, allowed)
+        assert error_of(response)["message"] == f"This address takes {allowed}."
+
+
+WATCHED = ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", f"/models/{SPARK}", "/api/v1/models"]
+
+
+@pytest.mark.parametrize("path", WATCHED)
+def test_head_is_get_without_a_body(client: TestClient, path: str) -> None:
+    got, response = client.get(path), client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-type"] == got.headers["content-type"]
+
+
+def test_head_is_counted_and_refused_where_there_is_no_get(client: TestClient) -> None:
+    client.head("/healthz")
+    assert 'method="HEAD",path="/healthz",status="200"' in client.get("/metrics").text
+    assert client.head("/api/v1").status_code == 405
+    assert client.head("/nowhere").status_code == 404
 
 
 def test_health(client: TestClient) -> None:
@@ -175,6 +204,19 @@ def test_openapi_describes_the_request(client: TestClient) -> None:
     height = schema["properties"]["data"]["properties"]["height"]
     assert (height["minimum"], height["maximum"], height["default"]) == (256, 2048, 1024)
     assert {"200", "401", "404", "413", "415", "422", "503"} <= set(post["responses"])
+
+
+def test_openapi_describes_what_is_sent_unasked(client: TestClient) -> None:
+    described = client.get("/openapi.json").json()
+    hook = described["webhooks"]["prediction"]["post"]
+    assert {"webhook-id", "webhook-timestamp", "webhook-signature"} == {has["name"] for has in hook["parameters"]}
+    assert hook["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/PredictionShown")
+    assert "2, 10, 60, 300 s" in hook["description"]
+    assert set(hook["responses"]) == {"204", "default"}
+    events = described["paths"]["/api/v1"]["post"]["description"]
+    assert all(f"`{event}`" in events for event in ("queued", "step", "done", "error", "preview", "retry_after"))
+    assert "Authorization: Bearer" in described["info"]["description"]
+    assert not [path for path, operations in described["paths"].items() if "head" in operations]
 
 
 def test_docs_need_no_network(client: TestClient) -> None:
@@ -285,9 +327,9 @@ def test_real_pixels_through_the_server(tiny: Pipeline, ledger: Ledger) -> None:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A real server process in demo mode on a free port: its address."""
-    command = [sys.executable, "-m", "fulgurite", "serve", "--demo", "--port", "0"]
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A real server process in demo mode on a free port, perhaps under another command: its address."""
+    command = [*getattr(request, "param", ()), sys.executable, "-m", "fulgurite", "serve", "--demo", "--port", "0"]
     environment = os.environ | {"FULGURITE_API_KEY": KEY}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
@@ -320,6 +362,18 @@ def test_a_real_server_and_curl(served: tuple[str, object], tmp_path: Path) -> N
     response = httpx.post(url, headers=HEADERS | {"Content-Type": "application/json"}, content=bytes(5_000_000))
     assert response.status_code == 413
     assert httpx.get(url.replace("/api/v1", "/healthz")).json()["status"] == "ok"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("served", [(), ("nohup",)], indirect=True, ids=["stops", "goes on under nohup"])
+def test_a_hang_up(request: pytest.FixtureRequest, served: tuple[str, subprocess.Popen[str]]) -> None:
+    url, server = served
+    server.send_signal(signal.SIGHUP)
+    if "nohup" in request.node.name:
+        time.sleep(0.5)
+        assert httpx.get(url.replace("/api/v1", "/healthz")).status_code == 200
+    else:
+        assert server.wait(20) == 0
 
 
 @needs_weights

@@ -36,11 +36,19 @@ def test_flags_beat_variables_beat_the_file_beats_defaults(file: Path, monkeypat
         ("xyz = 80", r"settings\.toml: xyz is no setting\. There are: .*port"),
         ("port = ", r"settings\.toml is not TOML: Invalid value"),
         ("api_key = 'two words'", r"settings\.toml: api_key: (?!.*two words)"),
+        ("host = ''", r"settings\.toml: host: "),
+        ("home = ''", r"settings\.toml: home: a folder's path is not empty\."),
+        ("cards = ''", r"settings\.toml: cards: a folder's path is not empty\."),
+        ("home = '~nobody-here/x'", r"settings\.toml: home: '~nobody-here/x' begins with the home of a user"),
+        ("home = 7", r"settings\.toml: home: .*path"),
         ("warm = ['a/b:21']", r"settings\.toml: warm: 'a/b:21': after the colon .* 1 to 20\."),
         ("[port]", r"settings\.toml: port: "),
     ],
 )
-def test_a_bad_file_is_an_error_that_says_where(file: Path, text: str, said: str) -> None:
+def test_a_bad_file_is_an_error_that_says_where(
+    file: Path, text: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FULGURITE_HOME")
     file.write_text(text)
     with pytest.raises(FulguriteError, match=said):
         read_settings()
@@ -58,6 +66,30 @@ def test_a_variable_that_is_no_setting_is_an_error(name: str, said: str, monkeyp
     monkeypatch.setenv(name, "cpu")
     with pytest.raises(FulguriteError, match=said):
         read_settings()
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_an_empty_variable_is_not_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FULGURITE_HOME")
+    usual = read_settings()
+    monkeypatch.setenv(f"FULGURITE_{name.upper()}", "")
+    settings = read_settings()
+    assert getattr(settings, name) == getattr(usual, name)
+    assert settings.origin(name) == "default"
+
+
+def test_an_empty_flag_is_an_error() -> None:
+    for name in ("host", "home", "cards"):
+        with pytest.raises(FulguriteError, match=f"^--{name}: "):
+            read_settings(**{name: ""})
+
+
+def test_folders_may_begin_with_the_users_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/users/zoe")
+    monkeypatch.setenv("FULGURITE_HOME", "~/state")
+    file.write_text("cards = '~/cards'")
+    assert (read_settings().home, read_settings().cards) == (Path("/users/zoe/state"), Path("/users/zoe/cards"))
+    assert read_settings(home=Path("~/flag")).home == Path("/users/zoe/flag")
 
 
 @pytest.mark.parametrize("service", ["FULGURITE", "FULGURITE_DB"])
@@ -110,6 +142,16 @@ def test_the_command_shows_values_and_where_they_come_from(file: Path, monkeypat
     assert "127.0.0.1" in rows["host"]
     assert "default" in rows["host"]
     assert "hush" not in shown
+    assert shown.endswith(f"The settings' file {file} was read.\n")
+
+
+def test_the_command_says_where_the_file_would_be(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FULGURITE_CONFIG")
+    monkeypatch.setattr("fulgurite.settings.user_config_path", lambda _: file.parent / "usual")
+    monkeypatch.setenv("FULGURITE_HOST", "a\nb\x1b[1m")
+    shown = CliRunner().invoke(app, ["settings"]).stdout
+    assert shown.endswith(f"The settings' file {file.parent / 'usual' / 'settings.toml'} is not there.\n")
+    assert "a\\nb\\x1b[1m" in shown
 
 
 def test_every_setting_has_a_flag_but_what_is_secret() -> None:

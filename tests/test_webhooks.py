@@ -142,6 +142,56 @@ def test_giving_up_is_logged(client: TestClient, receiver: Receiver, caplog: pyt
         time.sleep(0.01)
 
 
+def stopping(engine: FakeEngine, ledger: Ledger) -> TestClient:
+    """A client of a server that stops where it is left."""
+    app = create_app(engine, ledger, read_settings(webhook_private=True))
+    return TestClient(app, headers=HEADERS | {"Prefer": "respond-async"})
+
+
+def test_who_waits_is_told_before_a_server_stops(engine: FakeEngine, ledger: Ledger, receiver: Receiver) -> None:
+    engine.held = True
+    with stopping(engine, ledger) as client:
+        client.put("/api/v1/predictions/my-own-id", json=body() | {"webhook": receiver.url})
+        while not engine.futures:
+            time.sleep(0.01)
+        threading.Timer(0.2, engine.futures[0].set_result, [drawn(*engine.jobs[0])]).start()
+    [(_, content)] = receiver.got
+    assert json.loads(content)["status"] == "succeeded"
+
+
+def test_and_so_is_that_it_stopped_first(engine: FakeEngine, ledger: Ledger, receiver: Receiver) -> None:
+    engine.held = True
+    with stopping(engine, ledger) as client:
+        client.put("/api/v1/predictions/my-own-id", json=body() | {"webhook": receiver.url})
+        client.app.state.stop_by = 0.0  # type: ignore[attr-defined]
+    [(_, content)] = receiver.got
+    assert (json.loads(content)["status"], json.loads(content)["error"]["code"]) == ("failed", "shutting_down")
+
+
+def test_what_a_server_that_stops_cannot_deliver_is_logged(
+    engine: FakeEngine,
+    ledger: Ledger,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(webhooks, "DELAYS", (0.0, 60.0))
+    monkeypatch.setattr(webhooks, "LAST_SECONDS", 0.1)
+    receiver.statuses = [500]
+    with stopping(engine, ledger) as client:
+        client.put("/api/v1/predictions/my-own-id", json=body() | {"webhook": receiver.url})
+        receiver.wait_for(1)
+    assert "webhook for my-own-id not delivered: the server stopped first" in caplog.text
+
+
+def test_what_is_made_already_is_not_told_again(client: TestClient, receiver: Receiver) -> None:
+    for _ in range(3):
+        client.put("/api/v1/predictions/my-own-id", json=body() | {"webhook": receiver.url})
+    receiver.wait_for(1)
+    time.sleep(0.2)
+    assert len(receiver.got) == 1
+
+
 def test_the_request_goes_to_the_address_that_was_looked_at() -> None:
     """A name may lead elsewhere by then; the receiver is asked for by it all the same."""
     for address, shown in (("93.184.216.34", "93.184.216.34"), ("2606:2800:220:1::1", "[2606:2800:220:1::1]")):

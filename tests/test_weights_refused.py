@@ -164,7 +164,13 @@ def test_a_missing_file_names_its_folder(folder, path):
 
 
 def test_a_path_that_is_not_there(folder, tmp_path):
-    assert refusal(tmp_path / "gone.safetensors", tokenizers=folder) == f"There is no file {tmp_path}/gone.safetensors."
+    wanted = "the path in bytedance/stable-diffusion-xl-lightning's card should name its weights."
+    for gone in (tmp_path / "gone", tmp_path / "gone.safetensors"):
+        with pytest.raises(WeightsError) as caught:
+            load_networks(small.local_card(gone), 4, "cpu", torch.float32)
+        assert not isinstance(caught.value, NotPulledError)
+        assert str(caught.value) == f"{gone} does not exist: {wanted}"
+    assert refusal(folder, unet_file=tmp_path / "gone") == f"There is no file {tmp_path}/gone."
     assert str(tmp_path / "lora.safetensors") in refusal(folder, lora_file=tmp_path / "lora.safetensors")
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fulgurite import __version__
 from fulgurite.cli_bench import bench
-from fulgurite.cli_ledger import keys, usage
+from fulgurite.cli_ledger import escaped, keys, show_table, usage
 from fulgurite.cli_serve import serve
 from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from fulgurite.parameters import Parameters
 
 SPARK = "fulgurite/spark"
+CARDS = Annotated[
+    str | None, typer.Option("--cards", metavar="PATH", help="A folder with the cards of models of your own.")
+]
 FLAGS = {
     "negative_prompt": "--negative",
     "height": "--size",
@@ -60,8 +64,18 @@ app.command()(usage)
 app.command()(bench)
 
 
+def show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fulgurite {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Shows the version.")
+    ] = False,
+) -> None:
     """From a prompt to a picture in one to eight steps, on your own machine."""
     share_cores()
 
@@ -79,6 +93,7 @@ def generate(
     decoder: Annotated[str, typer.Option(help="full, or fast where the model has one: quicker, less exact.")] = "full",
     precision: Annotated[str | None, typer.Option(help="Of this machine's numbers, as for `fulgurite serve`.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many pictures, with seeds counting up.")] = 1,
+    cards: CARDS = None,
 ) -> None:
     """Draws a picture into a file."""
     files = output_files(output, count)
@@ -95,7 +110,7 @@ def generate(
     from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
-    settings = read_settings(precision=precision)
+    settings = read_settings(precision=precision, cards=cards)
     add(settings.cards)
     if size is None:
         given["width"], given["height"] = card(model).usual_size
@@ -110,11 +125,13 @@ def generate(
 
 def output_files(output: Path, count: int) -> list[Path]:
     """fox.png, or fox-1.png, fox-2.png and so on. Fails where they could not be written."""
+    if output.is_dir():
+        raise FulguriteError(f"--output: {output} is a folder: name a file in it, such as {output / 'output.png'}.")
     if output.suffix.lower() != ".png":
         raise FulguriteError(f"--output: pictures are PNG files: name it {output.with_suffix('.png').name}.")
     if not output.parent.is_dir():
         raise FulguriteError(f"--output: there is no folder {output.parent}.")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if not os.access(output.parent, os.W_OK):
         raise FulguriteError(f"--output: {output} cannot be written.")
     if count == 1:
         return [output]
@@ -172,12 +189,13 @@ def save(picture: "Picture", file: Path) -> None:
 @app.command()
 def settings() -> None:
     """Prints every setting in force, and where it came from."""
-    from fulgurite.settings import read_settings
+    from fulgurite.settings import read_settings, settings_file
 
-    in_force = read_settings()
+    in_force, file = read_settings(), settings_file()
     for name, value in in_force:
         shown = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
-        typer.echo(f"{name:<17} {shown:<32} {in_force.origin(name)}")
+        typer.echo(escaped(f"{name:<17} {shown:<32} {in_force.origin(name)}"))
+    typer.echo(escaped(f"The settings' file {file} {'was read' if file.exists() else 'is not there'}."))
 
 
 @app.command()
@@ -185,13 +203,14 @@ def pull(
     model: Annotated[str, typer.Argument(help="The model's id; `fulgurite models` lists them.")],
     steps: Annotated[str | None, typer.Option(help="The schedules to pull, such as 2,4; else all.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The small LoRA files, on SDXL's own UNet.")] = False,
+    cards: CARDS = None,
 ) -> None:
     """Downloads a model's weights from the hub, into the hub's own cache."""
     from fulgurite.cards import add, card
     from fulgurite.settings import read_settings
     from fulgurite.weights import hub
 
-    add(read_settings().cards)
+    add(read_settings(cards=cards).cards)
     of_model = card(model)
     asked = steps.split(",") if steps else list(of_model.weights.loras if lora else of_model.weights.unets)
     if not all(n.strip().isdecimal() for n in asked):
@@ -200,18 +219,16 @@ def pull(
 
 
 @app.command()
-def models() -> None:
+def models(cards: CARDS = None) -> None:
     """Lists the models there are."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fulgurite.cards import add, cards
+    from fulgurite.cards import add
+    from fulgurite.cards import cards as known
     from fulgurite.settings import read_settings
 
-    add(read_settings().cards)
-    table = Table("id", "steps", "weights", box=None)
-    for card in cards().values():
-        steps = ", ".join(str(n) for n in card.schedules) or "1 to 20"
-        origin = {"embedded": "inside the package", "hub": "on the hub: pull them"}.get(card.weights.source, "here")
-        table.add_row(card.id, steps, origin)
-    Console().print(table)
+    add(read_settings(cards=cards).cards)
+    where = {"embedded": "inside the package", "hub": "on the hub: pull them"}
+    rows = [
+        (card.id, ", ".join(map(str, card.schedules)) or "1 to 20", where.get(card.weights.source, "here"))
+        for card in known().values()
+    ]
+    show_table(("id", "steps", "weights"), rows, whole=("id",))

@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -13,23 +13,24 @@ import typer
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
-    from rich.table import Column
-
     from fulgurite.ledger import Ledger
-    from fulgurite.records import Key
+    from fulgurite.records import Key, Usage
 
 KEY_ID = Annotated[str, typer.Argument(help="The key's id; `fulgurite keys list` shows it.")]
+HOME = Annotated[str | None, typer.Option("--home", metavar="PATH", help="The folder where `serve` keeps its state.")]
 MICRO = 1_000_000
+MOST = 1_000_000  # requests a minute and pictures at once, as over HTTP
+UNBOUNDED = 100_000  # columns, more than any table has
 
 keys = typer.Typer(no_args_is_help=True, help="API keys: who may use the server, and how much.")
 
 
 @contextmanager
-def opened() -> Iterator["Ledger"]:
+def opened(home: str | None) -> Iterator["Ledger"]:
     from fulgurite.ledger import open_ledger
     from fulgurite.settings import read_settings
 
-    ledger = open_ledger(read_settings())
+    ledger = open_ledger(read_settings(home=home))
     try:
         yield ledger
     finally:
@@ -43,60 +44,55 @@ def create(
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The first day (UTC) it is not valid.")
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model it may use; may be repeated. Else all.")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option("--rpm", min=1, help="Requests per minute.")] = None,
-    pictures: Annotated[int | None, typer.Option(min=1, help="Pictures made at once.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--rpm", min=1, max=MOST, help="Requests per minute.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, max=MOST, help="Pictures made at once.")] = None,
     credit: Annotated[str | None, typer.Option(help="Dollars it may spend in all, such as 5.00.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may manage keys, and see everyone's usage.")] = False,
+    home: HOME = None,
 ) -> None:
     """Makes a key. Its secret is printed this once, alone on standard output."""
     from fulgurite.cards import add, card
-    from fulgurite.records import Limits
+    from fulgurite.records import Limits, now
     from fulgurite.settings import read_settings
 
     if not name or len(name) > 200:
         raise FulguriteError("NAME: 1 to 200 characters.")
-    add(read_settings().cards)
+    add(read_settings(home=home).cards)
     for asked in model or ():
         card(asked)
     ends = expires.replace(tzinfo=UTC) if expires else None
+    if ends and ends <= now():
+        raise FulguriteError(f"--expires: on {ends:%Y-%m-%d} the key would have expired already; give a later day.")
     money = micro_dollars(credit) if credit is not None else None
     limits = Limits(ends, tuple(model) if model else None, requests_per_minute, pictures, money)
-    with opened() as ledger:
+    with opened(home) as ledger:
         key, secret = ledger.keys.create(name, limits, admin)
     show_secret(key, secret)
 
 
 @keys.command("list")
-def list_keys() -> None:
+def list_keys(home: HOME = None) -> None:
     """Shows all keys, without their secrets."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from fulgurite.records import dollars
-
-    with opened() as ledger:
+    with opened(home) as ledger:
         known = ledger.keys.all()
-    table = Table(whole("id"), "name", whole("begins"), whole("state"), "may", "spent", box=None)
-    for key in known:
-        spent = "$" + dollars(key.spent)
-        if key.limits.credit is not None:
-            spent += " of $" + dollars(key.limits.credit)
-        table.add_row(key.id, key.name, key.prefix, key.state(), what_it_may(key), spent)
-    Console().print(table)
+    rows = [(key.id, key.name, key.prefix, key.state(), what_it_may(key), what_it_spent(key)) for key in known]
+    show_table(("id", "name", "begins", "state", "may", "spent"), rows, whole=("id", "begins", "state"))
 
 
 @keys.command()
-def revoke(key_id: KEY_ID) -> None:
+def revoke(key_id: KEY_ID, home: HOME = None) -> None:
     """Ends a key for good; running servers refuse it within a second."""
-    with opened() as ledger:
+    with opened(home) as ledger:
         key = ledger.keys.revoke(key_id)
-    typer.echo(f"{key.id} ({key.name}) is revoked.", err=True)
+    typer.echo(f"{key.id} ({escaped(key.name)}) is revoked.", err=True)
 
 
 @keys.command()
-def rotate(key_id: KEY_ID) -> None:
+def rotate(key_id: KEY_ID, home: HOME = None) -> None:
     """Gives a key another secret, printed this once; the old one ends. Limits and spending stay."""
-    with opened() as ledger:
+    with opened(home) as ledger:
         key, secret = ledger.keys.rotate(key_id)
     show_secret(key, secret)
 
@@ -108,45 +104,65 @@ def usage(
     until: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The last day; else today.")] = None,
     key: Annotated[str | None, typer.Option(help="One key's id; else all.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets; prices in micro-dollars.")] = False,
+    home: HOME = None,
 ) -> None:
     """Shows what was made and what it cost, by day, model and key."""
-    from fulgurite.records import days, dollars
+    from fulgurite.records import days
 
     first, end = days(since.date() if since else None, until.date() if until else None)
-    with opened() as ledger:
+    with opened(home) as ledger:
+        if key is not None and key not in {known.id for known in ledger.keys.all()}:
+            raise FulguriteError(f"--key: there is no key {key!r}. `fulgurite keys list` shows the keys.")
         rows = ledger.usage(first, end, key)
     if as_csv:
-        out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(["day", "model", "key", "pictures", "not_made", "steps", "price_microdollars"])
-        out.writerows(
-            [row.day, row.model, row.key_id, row.pictures, row.not_made, row.steps, row.price] for row in rows
-        )
-        return
+        write_usage(rows)
+    else:
+        show_usage(rows)
 
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table(whole("day"), "model", whole("key"), "pictures", "not made", "steps", "price", box=None)
+def write_usage(rows: Iterable["Usage"]) -> None:
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["day", "model", "key", "pictures", "not_made", "steps", "price_microdollars"])
+    out.writerows([row.day, row.model, row.key_id, row.pictures, row.not_made, row.steps, row.price] for row in rows)
+
+
+def show_usage(rows: Iterable["Usage"]) -> None:
+    from fulgurite.records import dollars
+
+    counted = [((str(r.day), r.model, r.key_id), (r.pictures, r.not_made, r.steps, r.price)) for r in rows]
+    if counted:
+        pictures, not_made, steps, price = map(sum, zip(*(counts for _, counts in counted), strict=True))
+        counted.append((("in all", "", ""), (pictures, not_made, steps, price)))
+    shown = [(*whose, *map(str, counts), "$" + dollars(price)) for whose, (*counts, price) in counted]
+    titles = "day", "model", "key", "pictures", "not made", "steps", "price"
+    show_table(titles, shown, whole=("day", "model", "key"))
+
+
+def show_table(titles: Sequence[str], rows: Iterable[Sequence[str]], whole: Collection[str]) -> None:
+    """Prints a table of which nothing is cut. Columns that are ``whole`` are not folded either: people copy them."""
+    from rich.console import Console, ConsoleDimensions
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    columns = [Column(title, no_wrap=title in whole, overflow="fold") for title in titles]
+    table, console = Table(*columns, box=None), Console()
     for row in rows:
-        counts = str(row.pictures), str(row.not_made), str(row.steps)
-        table.add_row(str(row.day), row.model, row.key_id, *counts, "$" + dollars(row.price))
-    table.add_section()
-    total = [sum(values) for values in zip(*((r.pictures, r.not_made, r.steps, r.price) for r in rows), strict=True)]
-    if rows:
-        table.add_row("in all", "", "", *map(str, total[:3]), "$" + dollars(total[3]))
-    Console().print(table)
+        table.add_row(*(Text(escaped(cell)) for cell in row))  # a string would be taken for rich's markup
+    needed = console.measure(table, options=console.options.update(max_width=UNBOUNDED))
+    # A terminal that is too narrow even for folded columns breaks the lines itself; a pipe has no width.
+    width = max(console.width, needed.minimum) if sys.stdout.isatty() else needed.maximum
+    console.size = ConsoleDimensions(width, console.height)
+    console.print(table)
 
 
-def whole(title: str) -> "Column":
-    """A column whose words are never cut, however narrow the terminal: people copy them."""
-    from rich.table import Column
-
-    return Column(title, no_wrap=True, min_width=len(title), overflow="ignore")
+def escaped(text: str) -> str:
+    """Text on one line, with nothing in it that a terminal would obey."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def show_secret(key: "Key", secret: str) -> None:
     typer.echo(secret)
-    typer.echo(f"This is the secret of {key.id} ({key.name}), shown this once.", err=True)
+    typer.echo(f"This is the secret of {key.id} ({escaped(key.name)}), shown this once.", err=True)
 
 
 def what_it_may(key: "Key") -> str:
@@ -159,6 +175,13 @@ def what_it_may(key: "Key") -> str:
         f"until {limits.expires_at:%Y-%m-%d}" if limits.expires_at else "",
     ]
     return "; ".join(part for part in parts if part) or "anything"
+
+
+def what_it_spent(key: "Key") -> str:
+    from fulgurite.records import dollars
+
+    credit = key.limits.credit
+    return "$" + dollars(key.spent) + ("" if credit is None else " of $" + dollars(credit))
 
 
 def micro_dollars(text: str) -> int:

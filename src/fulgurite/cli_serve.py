@@ -72,7 +72,7 @@ def serve(
     from fulgurite.cards import add
     from fulgurite.engine import warm_up
     from fulgurite.ledger import open_ledger
-    from fulgurite.server import JSONLines, create_app, demo_notice, server_for
+    from fulgurite.server import JSONLines, create_app, demo_notice, server_for, url_of
     from fulgurite.settings import DEMO, read_settings
 
     settings = read_settings(**given)
@@ -83,6 +83,7 @@ def serve(
     logging.getLogger("fulgurite").setLevel(logging.INFO)
     # Uvicorn finishes what runs, then raises the signal again: both end here, with all closed that was opened.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_at_hang_up()
     with suppress(KeyboardInterrupt), ExitStack() as opened:
         ledger = opened.enter_context(closing(open_ledger(settings)))
         admit(settings, ledger)
@@ -95,7 +96,7 @@ def serve(
         opened.enter_context(listener)
         if not settings.replicas:  # they are warm
             warm_up(engine.submit, settings, say)
-        say(f"Fulgurite answers at http://{settings.host}:{listener.getsockname()[1]}/api/v1")
+        say(f"Fulgurite answers at {url_of(settings.host, listener.getsockname()[1])}/api/v1")
         if settings.demo:
             for asked, drawn_by in DEMO.items():
                 say(demo_notice(asked, drawn_by))
@@ -103,6 +104,13 @@ def serve(
         gc.collect()
         gc.freeze()
         server.run([listener])
+
+
+def stop_at_hang_up() -> None:
+    """SIGHUP, where there is one, does as SIGTERM; ignored, as under nohup, it stays so."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+        signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
 def say(line: str) -> None:

@@ -7,9 +7,11 @@
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -74,22 +76,38 @@ class Step:
 
 
 class Options(TypedDict, total=False):
-    """What a request may say besides its prompt; what is left out is left to the server."""
+    """What a request may say besides its prompt; what is left out, or None, is left to the server."""
 
-    model: str
-    negative_prompt: str
-    height: int  # pixels
-    width: int
-    num_steps: int  # the most that may be spent
-    guidance: float
-    seed: int
-    decoder: Literal["full", "fast"]
-    output_format: Literal["png", "jpeg", "webp"]
-    idempotency_key: str  # else a new one for each call
-    on_step: Callable[[Step], None]  # called at each step, by servers that stream; hosts answer as ever
+    model: str | None
+    negative_prompt: str | None
+    height: int | None  # pixels
+    width: int | None
+    num_steps: int | None  # the most that may be spent
+    guidance: float | None
+    seed: int | None
+    decoder: Literal["full", "fast"] | None
+    output_format: Literal["png", "jpeg", "webp"] | None
+    idempotency_key: str | None  # else a new one for each call
+    # Called at each step, by servers that stream; hosts answer as ever. AsyncClient awaits what can be awaited.
+    on_step: Callable[[Step], object] | None
 
 
 Exchange = Generator[httpx.Request | float, httpx.Response | httpx.TransportError | None, Drawn]
+
+
+def checked(url: str, key: str) -> tuple[str, str]:
+    """The API's address, and a key that a header can hold. Raises ValueError; the key, a secret, is not shown."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"The url {url!r} cannot be read: {error}.") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"The url {url!r} is no full address: write it as http://127.0.0.1:8000/api/v1.")
+    if not key:
+        raise ValueError("The key is empty: give the one that the server's `fulgurite keys create` or the host showed.")
+    if not re.fullmatch("[!-~]+", key):
+        raise ValueError("The key has a space, a line end or a letter beyond ASCII in it, as no key has: remove it.")
+    return url.rstrip("/"), key
 
 
 def exchange(url: str, key: str, retries: int, prompt: str, options: Options) -> Exchange:
@@ -97,7 +115,8 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
 
     Yields requests to be sent, and is sent what came of them; yields seconds to be waited; returns the picture.
     """
-    data: dict[str, Any] = {"prompt": prompt, **options}
+    given = {name: value for name, value in options.items() if value is not None}
+    data: dict[str, Any] = {"prompt": prompt, **given}
     body = {"model": data.pop("model", LIGHTNING), "data": data}
     if "output_format" in data:
         body["output_format"] = data.pop("output_format")
@@ -105,12 +124,15 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
     extensions = {}
     if on_step := data.pop("on_step", None):
         headers["Accept"], extensions["on_step"] = EVENTS, on_step
-    lasting = LASTING if data.get("seed") is None else LASTING | OF_THE_SEED
+    lasting = LASTING if "seed" not in data else LASTING | OF_THE_SEED
     tries = 0
     while True:
         came = yield httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
         if isinstance(came, httpx.Response) and came.is_success:
-            return drawn(came)
+            try:
+                return drawn(came)
+            except ValueError as error:
+                came = httpx.RemoteProtocolError(f"the answer has a malformed header: {error}")
         failed = failure(came, url)
         if tries >= retries or failed.status not in PASSING or failed.code in lasting:
             raise failed
@@ -138,12 +160,12 @@ def failure(came: httpx.Response | httpx.TransportError | None, url: str) -> API
 class Story:
     """Server-sent events, put together into the answer that they stand for."""
 
-    def __init__(self, request: httpx.Request) -> None:
-        self._on_step, self._event = request.extensions["on_step"], ""
+    def __init__(self) -> None:
+        self._event = ""
         self.answer: httpx.Response | httpx.TransportError = httpx.RemoteProtocolError("the stream ended early")
 
-    def hear(self, line: str) -> None:
-        """Raises RemoteProtocolError at what is no event of a picture's."""
+    def hear(self, line: str) -> Step | None:
+        """The step that the line tells of, if any. Raises RemoteProtocolError at what is no event of a picture's."""
         name, _, value = line.partition(": ")
         if name == "event":
             self._event = value
@@ -153,9 +175,9 @@ class Story:
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise httpx.RemoteProtocolError(f"the stream has a malformed event: {self._event}") from error
             if isinstance(told, Step):
-                self._on_step(told)
-            elif told:
-                self.answer = told
+                return told
+            self.answer = told or self.answer
+        return None
 
 
 def told_by(event: str, data: dict[str, Any]) -> Step | httpx.Response | None:
@@ -216,6 +238,8 @@ class Client:
 
     A request that failed on its way, or that the server could not take now, is sent again up to ``retries`` times
     with the same idempotency key: the picture is made once and billed once.
+
+    Raises ValueError where ``url`` is no address, or ``key`` no key.
     """
 
     def __init__(
@@ -227,7 +251,7 @@ class Client:
         timeout: float = 300.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._server = url.rstrip("/"), key, retries
+        self._server = *checked(url, key), retries
         self._http = httpx.Client(timeout=timeout, transport=transport)
 
     def draw(self, prompt: str, **options: Unpack[Options]) -> Drawn:
@@ -252,9 +276,10 @@ class Client:
                 if not streams(answer):
                     answer.read()
                     return answer
-                story = Story(request)
+                story = Story()
                 for line in answer.iter_lines():
-                    story.hear(line)
+                    if step := story.hear(line):
+                        request.extensions["on_step"](step)
                 return story.answer
         except httpx.TransportError as error:
             return error
@@ -281,7 +306,7 @@ class AsyncClient:
         timeout: float = 300.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._server = url.rstrip("/"), key, retries
+        self._server = *checked(url, key), retries
         self._http = httpx.AsyncClient(timeout=timeout, transport=transport)
 
     async def draw(self, prompt: str, **options: Unpack[Options]) -> Drawn:
@@ -306,9 +331,12 @@ class AsyncClient:
                 if not streams(answer):
                     await answer.aread()
                     return answer
-                story = Story(request)
+                story = Story()
                 async for line in answer.aiter_lines():
-                    story.hear(line)
+                    if step := story.hear(line):
+                        done = request.extensions["on_step"](step)
+                        if inspect.isawaitable(done):
+                            await done
                 return story.answer
         except httpx.TransportError as error:
             return error

@@ -44,18 +44,23 @@ def in_file() -> dict[str, Any]:
 
 
 def in_environment() -> dict[str, str]:
-    """What our variables say, by the settings' names."""
+    """What our variables say, by the settings' names. Empty ones say nothing: .env files are full of them."""
     ours = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
     return {
         name.removeprefix(PREFIX).lower(): value
         for name, value in ours.items()
-        if name != CONFIG and not OF_KUBERNETES.match(f"{name}={value}")
+        if value and name != CONFIG and not OF_KUBERNETES.match(f"{name}={value}")
     }
 
 
 def variable(name: str) -> str:
     """What a setting is called in the environment."""
     return PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    """What a setting is called on the command line, where each model has a flag of its own."""
+    return "--model" if name == "models" else f"--{name.replace('_', '-')}"
 
 
 class Settings(BaseModel):
@@ -67,7 +72,7 @@ class Settings(BaseModel):
     api_key: SecretStr | None = None  # a key for yourself; None: the ledger's, of which the first start makes one
     ledger: SecretStr | None = None  # a database's URL, which may hold a password; None: ledger.db under home
     keep_seconds: int = Field(86_400, ge=60, le=30 * 86_400)  # how long answers are kept for retries
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)  # an empty one would be every interface
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     cards: Path | None = None  # a folder with the cards of your own models; docs/training.md
     models: tuple[str, ...] = ()  # ids served, separated by commas; none: all there are
@@ -90,6 +95,16 @@ class Settings(BaseModel):
     shutdown_seconds: int = Field(30, ge=0, le=3600)  # that pictures being made are given when the server stops
 
     _origins: dict[str, str] = {}  # of those that are not the default
+
+    @field_validator("home", "cards", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        if value == "":  # which a path would take for the current folder
+            raise ValueError("a folder's path is not empty")
+        try:
+            return Path(value).expanduser() if isinstance(value, (str, Path)) else value
+        except RuntimeError:
+            raise ValueError(f"{str(value)!r} begins with the home of a user that this machine does not know") from None
 
     @field_validator("models", "fast_decoder", "warm", mode="before")
     @classmethod
@@ -146,7 +161,7 @@ def read_settings(**flags: Any) -> Settings:
     given = {name: value for name, value in flags.items() if value is not None}
     origins = {name: f"{path}: {name}" for name in file}
     origins |= {name: variable(name) for name in variables}
-    origins |= {name: f"--{name.replace('_', '-')}" for name in given}
+    origins |= {name: flag(name) for name in given}
     try:
         settings = Settings(**file | variables | given)
     except ValidationError as error:

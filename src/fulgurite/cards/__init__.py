@@ -1,5 +1,6 @@
 """Model cards: one TOML file a model. Adding a model is adding a card: here, or in a folder of one's own."""
 
+import re
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,7 +12,6 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -56,6 +56,13 @@ class Weights:
     tokenizers: str = ""  # the folder that holds tokenizer/ and tokenizer_2/; needed with a single file
 
 
+def for_a_path(model: str) -> str:
+    """A model's id, checked to be its page's address as it is."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", model, re.ASCII):
+        raise ValueError("An id is letters, digits, '.', '_' and '-', with '/' between its parts, such as local/fox")
+    return model
+
+
 def rising(steps: tuple[int, ...]) -> tuple[int, ...]:
     if list(steps) != sorted(set(steps)):
         raise ValueError("Numbers of steps should rise")
@@ -67,20 +74,20 @@ def rising(steps: tuple[int, ...]) -> tuple[int, ...]:
 class Card:
     """What a model is, what it costs, what it can do, and the sizes of its networks."""
 
-    id: str
+    id: Annotated[str, Field(max_length=200), AfterValidator(for_a_path)]
     name: str
     type: str
     description: str
     license: str
-    cost_microdollars: NonNegativeInt  # per image
+    cost_microdollars: Annotated[int, Field(ge=0, le=1_000_000_000)]  # per image
     hosted_regions: tuple[str, ...]
     available_regions: tuple[str, ...]
     base_architecture: str
-    # Step counts it was distilled for; empty: any number of steps.
-    schedules: Annotated[tuple[PositiveInt, ...], AfterValidator(rising)]
+    # Step counts it was distilled for, of the 20 that a request may spend; empty: any number of steps.
+    schedules: Annotated[tuple[Annotated[PositiveInt, Field(le=20)], ...], AfterValidator(rising)]
     prediction: Annotated[str, Field(pattern="^(epsilon|v|x0)$")]
     guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
-    native_shapes: tuple[tuple[int, int], ...]  # width, height; empty: any size
+    native_shapes: tuple[tuple[PositiveInt, PositiveInt], ...]  # width, height; empty: any size
     preview_rgb: tuple[
         tuple[float, ...], ...
     ]  # a latent channel's red, green, blue a row, last what is added; or empty
@@ -117,14 +124,28 @@ CARD = TypeAdapter(Card)
 def parse(text: str) -> Card:
     """Reads one card's TOML; what is missing, unknown, or of a value that cannot be, is an error that names it."""
     table = tomllib.loads(text)
+    for name in ("text_encoder", "text_encoder_2"):
+        if name not in table:
+            raise ValueError(f"the table [{name}] is missing")
     table["text_encoders"] = table.pop("text_encoder"), table.pop("text_encoder_2")
     try:
-        return CARD.validate_python(table)
+        return consistent(CARD.validate_python(table))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
         given = "" if first["type"] == "missing" else f" = {first['input']!r}"
         raise ValueError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def consistent(of_model: Card) -> Card:
+    """The card, its entries checked against one another. Raises ValueError."""
+    cell = of_model.vae.downscale
+    for width, height in of_model.native_shapes:
+        if width % cell or height % cell:
+            raise ValueError(f"native_shapes: {width}x{height} is not whole latents: its VAE takes multiples of {cell}")
+    if of_model.weights.source == "local" and not of_model.weights.path:
+        raise ValueError("weights.path: it is empty, and should name the folder or the single file of the weights")
+    return of_model
 
 
 @cache
@@ -150,7 +171,7 @@ def add(folder: Path | None) -> None:
     for file in sorted(folder.glob("*.toml")):
         try:
             card = parse(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise FulguriteError(f"{file} is no model's card: {error}.") from None
         if card.id in packaged() or card.id in found:
             raise FulguriteError(f"{file}: there is a model {card.id} already. Give it another id.")

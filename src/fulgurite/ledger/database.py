@@ -9,24 +9,23 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from fulgurite.errors import LedgerError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 PATIENCE = 30  # seconds, that one SQLite connection waits for another
+DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 MIGRATION_LOCK = 0x666C6772  # any number, the same in every server that shares a PostgreSQL
 
 
 def connect(url: str) -> Engine:
     """An engine on the newest schema. Raises LedgerError; no message of it carries the URL's password."""
     try:
-        parsed = make_url(url)
-        if parsed.drivername in ("postgresql", "postgres"):
-            parsed = parsed.set(drivername="postgresql+psycopg")
+        parsed = with_driver(make_url(url))
         engine = on_sqlite(parsed) if parsed.drivername == "sqlite" else create_engine(parsed, pool_pre_ping=True)
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, ValueError):  # of a port that is no number
         raise LedgerError(
             "FULGURITE_LEDGER is not a database's URL, such as postgresql://USER:PASSWORD@HOST/NAME."
         ) from None
@@ -49,7 +48,18 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def on_sqlite(url: Any) -> Engine:
+def with_driver(url: URL) -> URL:
+    """The URL with our driver for its database. Raises LedgerError where it is a database that we do not know."""
+    database = url.drivername.partition("+")[0]
+    if database not in DRIVERS:
+        raise LedgerError(
+            f"FULGURITE_LEDGER: the ledger can be in SQLite or in PostgreSQL, not in {database!r}."
+            " A URL is such as postgresql://USER:PASSWORD@HOST/NAME."
+        )
+    return url.set(drivername=DRIVERS[database])
+
+
+def on_sqlite(url: URL) -> Engine:
     engine = create_engine(url, connect_args={"timeout": PATIENCE, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")

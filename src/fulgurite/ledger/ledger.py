@@ -5,12 +5,14 @@ and only then does a byte of the picture leave the server. So a crash at any mom
 was billed, or everything, and a retry with the same idempotency key is given the picture that was paid for.
 """
 
+import os
 import queue
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Connection, Row, delete, func, insert, or_, select, type_coerce, update
@@ -209,5 +211,11 @@ def open_ledger(settings: Settings) -> Ledger:
     try:
         settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise LedgerError(f"Cannot keep the ledger in {settings.home}: {error.strerror}. Set FULGURITE_HOME.") from None
+        raise cannot_keep_in(settings.home, str(error.strerror)) from None
+    if not os.access(settings.home, os.W_OK):  # SQLite would say no more than that it cannot open the file
+        raise cannot_keep_in(settings.home, "it cannot be written to")
     return Ledger(f"sqlite:///{settings.home / 'ledger.db'}")
+
+
+def cannot_keep_in(home: Path, why: str) -> LedgerError:
+    return LedgerError(f"Cannot keep the ledger in {home}: {why}. Name another folder by --home or FULGURITE_HOME.")

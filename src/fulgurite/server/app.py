@@ -20,6 +20,14 @@ from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.service import Service
 from fulgurite.settings import Settings
 
+DESCRIPTION = """\
+Pictures from a prompt: `POST /api/v1` answers with one, `/api/v1/predictions` makes it while you do something else.
+
+Send your key as the header `Authorization: Bearer KEY`. A picture costs what its model's card says; one that was not
+made costs nothing. A key may have a credit: when it is spent, the answer is 402. What goes wrong is told as
+`{"error": {"code", "message", "param"}}`.
+"""
+
 
 def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     """The server over an engine and a ledger; closing those is left to who made them."""
@@ -33,7 +41,12 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
 
     # Its pages bring their scripts with them: /docs works where there is no network.
     app = FastAPIOffline(
-        title="Fulgurite", version=__version__, redoc_url=None, redirect_slashes=False, lifespan=lifespan
+        title="Fulgurite",
+        version=__version__,
+        description=DESCRIPTION,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
     )
     app.add_middleware(Envelope, metrics=service.metrics)
     add_problem_handlers(app)

@@ -1,5 +1,6 @@
 """What goes around every request: its id, its headers, one line in the log, and its place in the metrics."""
 
+import asyncio
 import json
 import logging
 import time
@@ -18,7 +19,7 @@ LOGGED = ("key", "model", "code")  # of the request's state, where they are know
 
 
 class Envelope:
-    """Gives every answer an ``X-Request-Id``, and makes of a bug a 500 that can be found in the log.
+    """Gives every answer an ``X-Request-Id``, makes of a bug a 500 that can be found in the log, and of HEAD a GET.
 
     ``request.state`` holds it as ``request_id``; what a handler puts there as ``headers`` goes with every answer.
     """
@@ -32,28 +33,38 @@ class Envelope:
         request_id, status, began = uuid.uuid4().hex, 0, time.perf_counter()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        head = scope["method"] == "HEAD"
+        asked = {**scope, "method": "GET"} if head else scope
 
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update({"X-Request-Id": request_id} | state.get("headers", {}))
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
+        async def refuse(error: BaseException) -> None:
+            found = problem(error)
+            state["code"] = found.code
+            await found.response()(scope, receive, tagged)
+
         try:
-            await self.app(scope, receive, tagged)
+            await self.app(asked, receive, tagged)
+        except asyncio.CancelledError as error:  # the server stops; raised again, uvicorn would take it for a bug
+            if not status:
+                await refuse(error)
         except Exception as error:
             log.exception("request %s failed", request_id)
             if status:
                 raise
-            found = problem(error)
-            state["code"] = found.code
-            await found.response()(scope, receive, tagged)
+            await refuse(error)
         finally:
-            self._tell(scope, status, time.perf_counter() - began)
+            self._tell(scope, asked.get("route"), status, time.perf_counter() - began)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        state, route = scope["state"], scope.get("route")
+    def _tell(self, scope: Scope, route: Any, status: int, seconds: float) -> None:
+        state = scope["state"]
         self.metrics.request(scope["method"], getattr(route, "path", "other"), status, state.get("code"))
         line = {"request_id": state["request_id"], "method": scope["method"], "path": scope["path"]}
         line |= {"status": status, "seconds": round(seconds, 4)}

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from fulgurite.errors import FulguriteError
+from fulgurite.errors import BusyError, FulguriteError
 from fulgurite.picture_file import file_bytes, preview_bytes
 from fulgurite.records import Answer, Entry, Key, Outcome, dollars, now
 from fulgurite.request import Picture, Preview, Request
 from fulgurite.server.limits import Meters
 from fulgurite.server.metrics import Metrics
-from fulgurite.server.problems import Problem
+from fulgurite.server.problems import Problem, shutting_down
 from fulgurite.server.protocol import Engine, Ledger
 
 LAST_SECONDS = 5.0  # that what was stopped is given to be written into the ledger
@@ -78,6 +78,7 @@ class Jobs:
         self._encoders = ThreadPoolExecutor(os.cpu_count(), "encoder")
         self._running: dict[tuple[str, str], Job] = {}  # that a request may join
         self._tasks: set[asyncio.Task[Answer]] = set()
+        self._stopping = False
         self.meters = Meters()
 
     def start(self, order: Order) -> Job:
@@ -115,6 +116,14 @@ class Jobs:
         if job.future:
             self._engine.cancel(job.future)
 
+    async def earlier(self, order: Order) -> Answer | None:
+        """The answer of an earlier request with the same idempotency key. Raises Problem (409)."""
+        if order.idempotency_key is None:
+            return None
+        find = self._ledger.answer
+        found = await asyncio.to_thread(find, order.key.id, idempotency_key=order.idempotency_key)
+        return replayed(found, order) if found else None
+
     def position(self, job: Job) -> int | None:
         """How many pictures the engine makes before this one; None before it is queued."""
         return self._engine.position(job.future) if job.future else None
@@ -127,6 +136,7 @@ class Jobs:
         """Waits until everything that runs has come to its end in the ledger; after these seconds, it is stopped."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, seconds))
+        self._stopping = True
         for job in list(self._running.values()):
             self.abandon(job)
         if self._tasks:
@@ -139,18 +149,10 @@ class Jobs:
 
     async def _make(self, job: Job) -> Answer:
         try:
-            return await self._replayed(job.order) or await self._drawn(job)
+            return await self.earlier(job.order) or await self._drawn(job)
         finally:
             if self._running.get(job.order.name()) is job:
                 del self._running[job.order.name()]
-
-    async def _replayed(self, order: Order) -> Answer | None:
-        """The answer of an earlier request with the same idempotency key."""
-        if order.idempotency_key is None:
-            return None
-        find = self._ledger.answer
-        earlier = await asyncio.to_thread(find, order.key.id, idempotency_key=order.idempotency_key)
-        return replayed(earlier, order) if earlier else None
 
     async def _drawn(self, job: Job) -> Answer:
         order, started = job.order, time.monotonic()
@@ -188,9 +190,12 @@ class Jobs:
         except asyncio.CancelledError:
             if not job.future.cancelled():
                 raise
-        if job.unwanted:
+        except BusyError:  # as the engine ends what it draws already
+            if not job.unwanted:
+                raise
+        if job.unwanted and not self._stopping:
             raise client_gone()
-        raise Problem(503, "shutting_down", "The server is shutting down.", headers={"Retry-After": "10"})
+        raise shutting_down()
 
     async def _settled(self, order: Order, picture: Picture, content: bytes, seconds: float) -> Answer:
         """What the client is given, once it is paid for."""

@@ -68,6 +68,9 @@ class Server(uvicorn.Server):
         app: Any = self.config.app
         app.state.stop_by = time.monotonic() + self.seconds_left()
         await super().shutdown(sockets)
+        if self.force_exit:  # by a second Ctrl-C: uvicorn leaves out that the app ends what it does, answering for it
+            app.state.stop_by = time.monotonic()
+            await self.lifespan.shutdown()
 
     def seconds_left(self) -> float:
         """As ``seconds_left`` of its app."""
@@ -84,6 +87,10 @@ def allow_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS says that there is no bound, and takes no such number
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tuple[Server, socket.socket]:

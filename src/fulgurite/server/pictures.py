@@ -53,7 +53,16 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         dependencies=[BEARER],
     )
     async def draw(http: HTTPRequest) -> Response:
-        """Draws one picture."""
+        """Draws one picture.
+
+        With `stream`, or `Accept: text/event-stream`, the answer is server-sent events, each with JSON as its data:
+
+        * `queued`: `id`; `position`, the pictures before it; `seconds`, about how long it waits.
+        * `step`, after each: `step`, of so many `steps`; `preview`, a small JPEG as a data URL, or null.
+        * `done`, the last: `picture` as a data URL, and how it was made: what the headers X-Fulgurite-... say, by
+          their names without that, in small letters.
+        * `error`, the last instead: `status`, `error` (as elsewhere), `retry_after` (seconds or null), `request_id`.
+        """
         order = await service.order(http)
         job = service.jobs.start(order)
         if order.stream:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Path
+from fastapi import FastAPI, Header, Path
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -20,10 +20,11 @@ from fulgurite.picture_file import FORMATS
 from fulgurite.records import Answer, Key
 from fulgurite.server.body import PredictionBody
 from fulgurite.server.headers import LIMITS, PICTURE
-from fulgurite.server.jobs import Job, made
+from fulgurite.server.jobs import Job, Order, made
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, request_body
 from fulgurite.server.problems import Problem, error_responses, logged, problem
 from fulgurite.server.service import Service
+from fulgurite.server.webhooks import DELAYS, TIMEOUT
 
 MOST_KEPT = 10_000  # predictions that failed or were cancelled, past which the oldest are forgotten
 PredictionId = Annotated[str, Path(pattern="^[A-Za-z0-9_-]{8,64}$", description="8 to 64 letters, digits, - and _.")]
@@ -71,8 +72,8 @@ class Predictions:
         self._service = service
         self._known: dict[tuple[str, str], Prediction] = {}
 
-    async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[str, Prediction]:
-        """Starts a picture, or joins the one under this id. Raises what an order does, and Problem (409)."""
+    async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[str, Prediction | Answer]:
+        """Starts a picture, or joins or has the one under this id. Raises what an order does, and Problem (409)."""
         order, body = await self._service.order_as(http, PredictionBody)
         if order.stream:
             message = "A prediction is not streamed: ask for its status, or send the request to /api/v1."
@@ -80,9 +81,19 @@ class Predictions:
         if body.webhook is not None:
             await self._service.webhooks.check(body.webhook)
         id = id or derived_id(order.key, order.idempotency_key)
-        jobs, name = self._service.jobs, (order.key.id, id)
-        job = jobs.start(replace(order, idempotency_key=reserved_key(id)))
-        prediction = self._known.get(name)
+        order = replace(order, idempotency_key=reserved_key(id))
+        if earlier := await self._service.jobs.earlier(order):
+            return id, earlier
+        prediction = self._started((order.key.id, id), order)
+        if body.webhook is not None and body.webhook not in prediction.webhooks:
+            prediction.webhooks.add(body.webhook)
+            told = partial(told_at_end, str(http.base_url), id, prediction)
+            self._service.webhooks.send(body.webhook, order.key.id, id, told)
+        return id, prediction
+
+    def _started(self, name: tuple[str, str], order: Order) -> Prediction:
+        jobs, prediction = self._service.jobs, self._known.get(name)
+        job = jobs.start(order)
         if prediction is None or prediction.job is not job:
             self._known.pop(name, None)  # an earlier try, which failed
             while len(self._known) >= MOST_KEPT and self._forget_one():
@@ -90,11 +101,7 @@ class Predictions:
             # Waited for by the server itself, so that the work goes on when the client is gone.
             prediction = self._known[name] = Prediction(job, asyncio.create_task(jobs.wait(job)))
             prediction.answer.add_done_callback(partial(self._ended, name, prediction))
-        if body.webhook is not None and body.webhook not in prediction.webhooks:
-            prediction.webhooks.add(body.webhook)
-            tell = partial(self._tell, body.webhook, str(http.base_url), name, prediction)
-            prediction.answer.add_done_callback(tell)
-        return id, prediction
+        return prediction
 
     async def find(self, key: Key, id: str) -> Prediction | Answer:
         """What there is under this id. Raises Problem (404)."""
@@ -121,12 +128,6 @@ class Predictions:
             forget_frames(error)
         elif self._known.get(name) is prediction:
             del self._known[name]  # the ledger has it
-
-    def _tell(
-        self, webhook: str, base_url: str, name: tuple[str, str], prediction: Prediction, task: "asyncio.Task[Answer]"
-    ) -> None:
-        found = shown(base_url, name[1], prediction.found())
-        self._service.webhooks.send(webhook, name[0], f"{name[1]}-{found.status}", found.model_dump_json().encode())
 
     def _forget_one(self) -> bool:
         name = next((name for name, prediction in self._known.items() if prediction.answer.done()), None)
@@ -172,8 +173,41 @@ def shown(base_url: str, id: str, found: Prediction | Answer) -> PredictionShown
     return PredictionShown(id=id, status=status, urls=urls, output=None, made=None, error=error)
 
 
+async def told_at_end(base_url: str, id: str, prediction: Prediction) -> tuple[str, bytes]:
+    """What a webhook says, and its id."""
+    await asyncio.wait({prediction.answer})
+    found = shown(base_url, id, prediction.found())
+    return f"{id}-{found.status}", found.model_dump_json().encode()
+
+
+def describe_webhook(app: FastAPI) -> None:
+    """For OpenAPI: the request that a receiver gets."""
+    delays = ", ".join(f"{delay:g}" for delay in DELAYS[1:])
+
+    @app.webhooks.post(
+        "prediction",
+        status_code=204,
+        response_description="It has arrived, as any other 2XX says too.",
+        responses={"default": {"description": "It is sent again."}},
+        description=(
+            "A prediction at its end, sent to the `webhook` it was asked for with, and signed as Standard Webhooks "
+            "has it: GET /api/v1/webhook-secret gives the secret. Where no 2XX comes within "
+            f"{TIMEOUT:g} s, it is sent again, with the same `webhook-id`: {delays} s after the try before."
+        ),
+    )
+    async def prediction_ended(
+        body: PredictionShown,
+        webhook_id: Annotated[str, Header(description="The same at every try.")],
+        webhook_timestamp: Annotated[int, Header(description="Of this try, in seconds since 1970.")],
+        webhook_signature: Annotated[
+            str, Header(description="v1, and in base64 the HMAC-SHA256 of webhook-id.webhook-timestamp.body.")
+        ],
+    ) -> None: ...
+
+
 def add_predictions(app: FastAPI, service: Service) -> None:
     predictions = Predictions(service)
+    describe_webhook(app)
     refusals = error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503)
     asked: dict[str, Any] = request_body(PredictionBody)
     described: dict[int | str, dict[str, Any]] = {
@@ -183,11 +217,10 @@ def add_predictions(app: FastAPI, service: Service) -> None:
     }
 
     async def begun(http: HTTPRequest, id: str | None) -> JSONResponse:
-        id, prediction = await predictions.begin(http, id)
-        found: Prediction | Answer = prediction
-        if "respond-async" not in http.headers.get("prefer", "").lower():
-            await asyncio.wait({prediction.answer})  # which a client that goes away does not stop
-            found = prediction.found() if prediction.cancelled else prediction.answer.result()
+        id, found = await predictions.begin(http, id)
+        if isinstance(found, Prediction) and "respond-async" not in http.headers.get("prefer", "").lower():
+            await asyncio.wait({found.answer})  # which a client that goes away does not stop
+            found = found.found() if found.cancelled else found.answer.result()
         status = 201 if isinstance(found, Answer) else 202
         return JSONResponse(shown(str(http.base_url), id, found).model_dump(), status)
 

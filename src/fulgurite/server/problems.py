@@ -2,6 +2,7 @@
 
 import json
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from fulgurite.errors import (
     BusyError,
@@ -75,14 +77,26 @@ def problem(error: BaseException) -> Problem:
             return Problem(503, "ledger_unavailable", message, headers={"Retry-After": "5"})
         case RequestValidationError():
             return invalid(error)
+        case CancelledError():
+            return shutting_down()
         case HTTPException(status_code=404):
             return Problem(404, "not_found", "There is nothing at this address. Pictures are made by POST /api/v1.")
-        case HTTPException(status_code=405):
-            return Problem(405, "method_not_allowed", "This address takes another method.", headers=error.headers)
         case HTTPException():
             return Problem(error.status_code, "http_error", str(error.detail), headers=error.headers)
         case _:
             return Problem(500, "internal_error", "Something broke here. The log has more under this X-Request-Id.")
+
+
+def shutting_down() -> Problem:
+    return Problem(503, "shutting_down", "The server is shutting down.", headers={"Retry-After": "10"})
+
+
+def wrong_method(request: Request) -> Problem:
+    """Of all the routes at its address: Starlette tells of the first alone, and the docs' files have no methods."""
+    here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    taken = {method for route in here for method in getattr(route, "methods", {"GET"})}
+    allowed = ", ".join(sorted(taken | {"HEAD"} if "GET" in taken else taken))
+    return Problem(405, "method_not_allowed", f"This address takes {allowed}.", headers={"Allow": allowed})
 
 
 def logged(error: BaseException, request_id: str) -> Problem:
@@ -111,6 +125,10 @@ def add_problem_handlers(app: FastAPI) -> None:
         request.state.code = found.code
         return found.response()
 
+    async def answer_wrong_method(request: Request, _: Exception) -> Response:
+        return await answer(request, wrong_method(request))
+
+    app.add_exception_handler(405, answer_wrong_method)
     for kind in (Problem, FulguriteError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
 

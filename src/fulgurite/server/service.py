@@ -7,7 +7,7 @@ import re
 
 from fastapi import Request as HTTPRequest
 
-from fulgurite.cards import card, cards
+from fulgurite.cards import Card, card, cards
 from fulgurite.errors import FulguriteError, UnknownModelError
 from fulgurite.records import Key
 from fulgurite.request import Request, plan
@@ -33,9 +33,9 @@ class Service:
         self.engine, self.ledger, self.settings = engine, ledger, settings
         self.served = list(settings.models or cards())
         for name in self.served:
-            card(name)  # a model that is not there is an error now, not at the first request
+            card_for("models", name, settings)  # what is not there is an error now, not at the first request
         for name in settings.fast_decoder:
-            if "fast" not in card(name).decoders:
+            if "fast" not in card_for("fast_decoder", name, settings).decoders:
                 raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
         for name, _ in map(model_and_steps, settings.warm):
             if name not in self.served:
@@ -106,6 +106,14 @@ class Service:
             headers={"X-Fulgurite-Demo": demo_notice(body.model, drawn_by)} if drawn_by != body.model else {},
         )
         return order, body
+
+
+def card_for(setting: str, model: str, settings: Settings) -> Card:
+    """The card of a model that a setting names. Raises FulguriteError, which says where it was named."""
+    try:
+        return card(model)
+    except UnknownModelError as error:
+        raise FulguriteError(f"{settings.origin(setting)}: {error}") from None
 
 
 def unauthorized(message: str) -> Problem:

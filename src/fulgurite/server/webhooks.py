@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
@@ -29,7 +30,7 @@ PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|65
 URL_PATTERN = rf"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(:({PORT}))?(/[!-~]*)?$"
 DELAYS = (0.0, 2.0, 10.0, 60.0, 300.0)  # seconds before each try
 TIMEOUT = 10.0  # seconds for a receiver to answer
-LAST_SECONDS = 5.0  # that first tries are given when the server stops
+LAST_SECONDS = 5.0  # that those on their way are given when the server stops
 
 
 class Webhooks:
@@ -79,13 +80,17 @@ class Webhooks:
             raise Problem(403, "webhook_not_allowed", message, "webhook")
         return addresses
 
-    def send(self, url: str, key_id: str, id: str, body: bytes) -> None:
-        """Tells the receiver, trying again for some minutes. Every try carries the same ``webhook-id``."""
-        task = asyncio.create_task(self._deliver(url, key_id, id, body))
+    def send(self, url: str, key_id: str, about: str, told: Callable[[], Awaitable[tuple[str, bytes]]]) -> None:
+        """Tells the receiver what ``told`` comes to: a ``webhook-id``, the same at every try, and a body.
+
+        It is on its way from now on, so that a server that stops waits for it; ``about``: what the log calls it.
+        """
+        task = asyncio.create_task(self._deliver(url, key_id, told), name=about)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _deliver(self, url: str, key_id: str, id: str, body: bytes) -> None:
+    async def _deliver(self, url: str, key_id: str, told: Callable[[], Awaitable[tuple[str, bytes]]]) -> None:
+        id, body = await told()
         why = ""
         async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False) as client:
             for delay in DELAYS:
@@ -116,11 +121,12 @@ class Webhooks:
         log.warning("webhook for %s given up after %d tries: %s", id, len(DELAYS), why)
 
     async def close(self) -> None:
-        """Gives what is on its way a last moment."""
+        """Gives what is on its way a last moment; the log has what did not arrive."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
             for task in late:
                 task.cancel()
+                log.warning("webhook for %s not delivered: the server stopped first", task.get_name())
 
 
 def pin(request: httpx.Request, address: str) -> None:

@@ -31,13 +31,13 @@ def students_in(folder: Path, unet: Path) -> dict[int, Files]:
 
 
 def write_card(of: str, file: Path, unet: Path, students: dict[int, Files] | None = None, preview: str = "") -> None:
-    """The package's card ``of`` a model, for other weights: ``local/`` and the file's name are its id.
+    """The package's card ``of`` a model, for other weights; its id: ``local/`` and the file's name, as ids may be.
 
     ``unet``: the undistilled one's file, in a model's folder; ``students``: those of ``students_in``; ``preview``: the
     lines of a linear map to colours, where that is another. Paths in it are relative to it.
     """
     text = (resources.files("fulgurite.cards") / of).read_text(encoding="utf-8")
-    text = with_line(text, "id", f"local/{file.stem}")
+    text = with_line(text, "id", "local/" + (re.sub(r"[^A-Za-z0-9._-]+|^[.-]+", "-", file.stem).strip("-.") or "model"))
     text = with_line(text, "name", file.stem)
     text = with_line(text, "description", "Trained on this machine.")
     text = with_line(text, "schedules", sorted(students or ()))

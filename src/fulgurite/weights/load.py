@@ -53,7 +53,7 @@ def load_folder(folder: Path, card: Card, device: str, dtype: torch.dtype) -> Ne
 
 
 def locate(card: Card, steps: int) -> Files:
-    """Where a card's weights are on this machine."""
+    """Where a card's weights are on this machine. Raises WeightsError, NotPulledError where they are the hub's."""
     weights = card.weights
     if weights.source == "hub":
         return hub.cached_files(card, steps)
@@ -63,6 +63,8 @@ def locate(card: Card, steps: int) -> Files:
         return replace(folder_files(inside / weights.path), loras=tuple(inside / change for change in loras))
 
     path, unet = Path(weights.path), weights.unets.get(str(steps)) or weights.unet_file
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: the path in {card.id}'s card should name its weights.")
     if path.is_dir():
         files = folder_files(path)
     elif weights.tokenizers:
