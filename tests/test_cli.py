@@ -165,6 +165,12 @@ def test_what_is_warm_is_what_is_served() -> None:
     assert f"Error: --warm: {LIGHTNING!r} is not among the models served." in result.stderr
 
 
+@pytest.mark.parametrize("flag", ["--home", "--cards"])
+def test_an_empty_path_is_not_the_current_folder(flag: str) -> None:
+    result = run("serve", "--port", "0", flag, "")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {flag}: a folder's path is not empty.\n")
+
+
 def test_bad_settings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULGURITE_PORT", "http")
     for command in (["generate", "fox"], ["serve"]):

@@ -5,7 +5,6 @@ import logging
 import signal
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,7 +26,9 @@ def serve(
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model to serve; may be repeated. Else all.")
     ] = None,
-    cards: Annotated[Path | None, typer.Option(help="A folder with the cards of models of your own.")] = None,
+    cards: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A folder with the cards of models of your own.")
+    ] = None,
     fast_decoder: Annotated[
         list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
     ] = None,
@@ -64,7 +65,7 @@ def serve(
         bool | None, typer.Option("--webhook-private", help="Webhooks may go to private networks.")
     ] = None,
     shutdown_seconds: Annotated[int | None, typer.Option(help="For pictures being made when the server stops.")] = None,
-    home: Annotated[Path | None, typer.Option(help="The folder where state lives.")] = None,
+    home: Annotated[str | None, typer.Option(metavar="PATH", help="The folder where state lives.")] = None,
 ) -> None:
     """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
     given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}
