@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from fulgurite import __version__
 from fulgurite.cli_bench import bench
 from fulgurite.cli_ledger import escaped, keys, show_table, usage
-from fulgurite.cli_serve import serve
+from fulgurite.cli_serve import CARDS, serve
 from fulgurite.cli_training import train
 from fulgurite.errors import FulguriteError
 from fulgurite.threads import share_cores
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from fulgurite.parameters import Parameters
 
 SPARK = "fulgurite/spark"
-CARDS = Annotated[
-    str | None, typer.Option("--cards", metavar="PATH", help="A folder with the cards of models of your own.")
-]
 FLAGS = {
     "negative_prompt": "--negative",
     "height": "--size",

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulgurite.errors import FulguriteError
+from fulgurite.records import MOST_ALLOWED
 
 if TYPE_CHECKING:
     from fulgurite.ledger import Ledger
     from fulgurite.records import Key, Usage
 
 KEY_ID = Annotated[str, typer.Argument(help="The key's id; `fulgurite keys list` shows it.")]
-HOME = Annotated[str | None, typer.Option("--home", metavar="PATH", help="The folder where `serve` keeps its state.")]
+HOME = Annotated[str | None, typer.Option("--home", metavar="PATH", help="The folder where state lives.")]
 MICRO = 1_000_000
-MOST = 1_000_000  # requests a minute and pictures at once, as over HTTP
 UNBOUNDED = 100_000  # columns, more than any table has
 
 keys = typer.Typer(no_args_is_help=True, help="API keys: who may use the server, and how much.")
@@ -45,9 +45,9 @@ def create(
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model it may use; may be repeated. Else all.")] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option("--rpm", min=1, max=MOST, help="Requests per minute.")
+        int | None, typer.Option("--rpm", min=1, max=MOST_ALLOWED, help="Requests per minute.")
     ] = None,
-    pictures: Annotated[int | None, typer.Option(min=1, max=MOST, help="Pictures made at once.")] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, max=MOST_ALLOWED, help="Pictures made at once.")] = None,
     credit: Annotated[str | None, typer.Option(help="Dollars it may spend in all, such as 5.00.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may manage keys, and see everyone's usage.")] = False,
     home: HOME = None,

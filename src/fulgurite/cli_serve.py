@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fulgurite.cli_ledger import HOME
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from fulgurite.server.listening import Server
     from fulgurite.settings import Settings
 
+CARDS = Annotated[
+    str | None, typer.Option("--cards", metavar="PATH", help="A folder with the cards of models of your own.")
+]
+
 
 def serve(
     # What is secret has no flag: every user of a machine can read its processes' arguments.
@@ -26,9 +31,7 @@ def serve(
     models: Annotated[
         list[str] | None, typer.Option("--model", help="A model to serve; may be repeated. Else all.")
     ] = None,
-    cards: Annotated[
-        str | None, typer.Option(metavar="PATH", help="A folder with the cards of models of your own.")
-    ] = None,
+    cards: CARDS = None,
     fast_decoder: Annotated[
         list[str] | None, typer.Option(help="A model whose fast decoder is used unless a request says not.")
     ] = None,
@@ -65,7 +68,7 @@ def serve(
         bool | None, typer.Option("--webhook-private", help="Webhooks may go to private networks.")
     ] = None,
     shutdown_seconds: Annotated[int | None, typer.Option(help="For pictures being made when the server stops.")] = None,
-    home: Annotated[str | None, typer.Option(metavar="PATH", help="The folder where state lives.")] = None,
+    home: HOME = None,
 ) -> None:
     """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
     given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}

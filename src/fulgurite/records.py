@@ -6,6 +6,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Literal
 
 USUAL_DAYS = 30
+MOST_ALLOWED = 1_000_000  # requests a minute, and pictures at once, where a key is limited in them
 Outcome = Literal["done", "failed", "refused", "cancelled"]
 
 

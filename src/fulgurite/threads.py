@@ -4,7 +4,6 @@ import os
 
 SPINS = 1000  # looks at what is waited for, 0.015 ms of them where it was measured; GNU's OpenMP has 300,000
 
-
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the variables that say so
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from fulgurite.cluster.engine import ClusterEngine
 from fulgurite.cluster.replica import Event, Replica, start
+from fulgurite.engine import Say
 from fulgurite.errors import FulguriteError
 from fulgurite.request import Request
 from fulgurite.settings import Settings
@@ -36,7 +37,7 @@ BEGUN = 1000  # more pictures than a replica ever has begun at once
 SECRETS = {"api_key": None, "ledger": None, "webhook_secret": None}  # which no worker needs
 
 
-def open_cluster(settings: Settings, say: Callable[[str], None]) -> ClusterEngine:
+def open_cluster(settings: Settings, say: Say) -> ClusterEngine:
     """Starts ``settings.replicas`` engines on the Ray cluster that RAY_ADDRESS names, and waits until one is ready.
 
     Where it names none, and none runs on this machine, one is started that ends with this program. Those of an earlier
@@ -101,7 +102,7 @@ def join() -> None:
         signal.signal(signal.SIGTERM, at_the_end)  # Ray has put its own there
 
 
-def deployed(settings: Settings, name: str, say: Callable[[str], None]) -> Any:
+def deployed(settings: Settings, name: str, say: Say) -> Any:
     """Ray's handle of the replicas, one of which is ready. Raises FulguriteError where none will be."""
     replicas = settings.replicas or 1
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

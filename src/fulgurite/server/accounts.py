@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query
 from fastapi import Request as HTTPRequest
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from fulgurite.records import Key, Limits, Usage, days
+from fulgurite.records import MOST_ALLOWED, Key, Limits, Usage, days
 from fulgurite.server.body import read_body
 from fulgurite.server.pictures import BEARER
 from fulgurite.server.problems import Problem, error_responses
@@ -36,8 +36,8 @@ class NewKey(Text):
     admin: bool = Field(False, description="It may manage keys, and see everyone's usage.")
     expires_at: Annotated[AwareDatetime, AfterValidator(storable)] | None = None
     models: tuple[str, ...] | None = Field(None, max_length=100)
-    requests_per_minute: int | None = Field(None, ge=1, le=1_000_000)
-    pictures_in_flight: int | None = Field(None, ge=1, le=1_000_000)
+    requests_per_minute: int | None = Field(None, ge=1, le=MOST_ALLOWED)
+    pictures_in_flight: int | None = Field(None, ge=1, le=MOST_ALLOWED)
     credit_microdollars: int | None = Field(None, ge=0, le=10**15)
 
 

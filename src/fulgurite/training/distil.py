@@ -42,7 +42,6 @@ STEADY = 10.0  # weight of that it does
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
 SHEET = 8  # pictures
-ENDS = 1 << 20  # bytes
 FEW = 64  # latents that stand for all
 
 
@@ -316,18 +315,7 @@ def made_of(plan: Distillation, ground: Ground, students: Path) -> str:
     """A fingerprint of all that a student comes from, so that no other's checkpoint is gone on from."""
     names = sorted({name for name in (plan.teacher, plan.start, plan.upon) if name})
     files = [ground.unet, *(finished_student(students, name)[0] for name in names)]
-    return fingerprint(
-        replace(plan, updates=0), ground.card.prediction, ground.latents.latents[:FEW], *map(ends, files)
-    )
-
-
-def ends(file: Path) -> bytes:
-    """A file's size, its beginning and its end: of gigabytes of weights these tell enough."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        first = opened.read(ENDS)
-        opened.seek(max(0, size - ENDS))
-        return b"%d " % size + first + opened.read(ENDS)
+    return fingerprint(replace(plan, updates=0), ground.card.prediction, ground.latents.latents[:FEW], *files)
 
 
 def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict, Discriminator | None]:

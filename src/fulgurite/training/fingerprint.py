@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+PIECE = 1 << 20  # bytes
+
 
 def fingerprint(*parts: object) -> str:
     """Eight digits, others where a part is: a file by what is in it, a network by its weights, an array by its numbers.
@@ -17,7 +19,9 @@ def fingerprint(*parts: object) -> str:
     for part in parts:
         match part:
             case Path():
-                told.update(part.read_bytes())
+                with part.open("rb") as file:  # a piece at a time: SDXL's are larger than some machines' memory
+                    while piece := file.read(PIECE):
+                        told.update(piece)
             case nn.Module():
                 for name, tensor in part.state_dict().items():
                     told.update(name.encode())

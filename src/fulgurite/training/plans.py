@@ -35,7 +35,8 @@ SMALL_PACE = Pace(1e-4, 3e-4, 2e-4, 2e-5, 3e-5, 1e-3, Adam(), Adam(0.5), edges=T
 
 # Where steps are short, ends are judged as they are; of one or two steps with noise added, so that structure counts as
 # much as detail does (the paper's section 3.7.2).
-AS_THEY_ARE, NOISED = (0,), (10, 250, 500, 750)
+AS_THEY_ARE, NOISED = (0,), Judging.at
+UPDATES = 6_000, 3_000, 3_000  # of an adversarial student's three parts
 
 
 def adversarial(
@@ -43,7 +44,6 @@ def adversarial(
     steps: int,
     teacher: str,
     farther: str,
-    updates: tuple[int, int, int] = (6_000, 3_000, 3_000),
     beneath: Distillation | None = None,
 ) -> tuple[Distillation, ...]:
     """A student of a whole UNet, as the paper's each stage has it, of teachers that are named by their steps.
@@ -55,7 +55,7 @@ def adversarial(
     """
     judging = Judging(at=NOISED if steps <= 2 else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
     knowing = Distillation(
-        f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, updates[0], pace.conditional, RANK,
+        f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, UPDATES[0], pace.conditional, RANK,
         beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None, judging=judging,
         adam=pace.against, edges=pace.edges,
     )  # fmt: skip
@@ -66,10 +66,10 @@ def adversarial(
         teacher_steps=int(farther),
         objective="relaxed",
         start=knowing.name,
-        updates=updates[1],
+        updates=UPDATES[1],
         peak=pace.relaxed,
     )
-    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=updates[2], peak=pace.whole, rank=None)
+    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=UPDATES[2], peak=pace.whole, rank=None)
     return knowing, relaxed, whole
 
 
