@@ -159,6 +159,8 @@ def oracle_pipeline(folder: Path) -> StableDiffusionXLPipeline:
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         unet=roughened(oracle_unet(UNET), seed=4),
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing"),
+        scheduler=EulerDiscreteScheduler(  # as SDXL-Lightning's card says
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
+        ),
         add_watermarker=False,
     )

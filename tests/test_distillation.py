@@ -33,6 +33,7 @@ from fulgurite.training.distil import (
     adversarial,
     begun,
     distil,
+    grid,
     landing,
     network,
     renoised,
@@ -399,7 +400,8 @@ def test_guided_away_from_nothing(ground: Ground) -> None:
     sayer, schedule = Sayer(ground.tokenizers, ground.encoders, "cpu"), trailing_schedule(8)
     unet = load_unet(ground.unet, CARD, "cpu", torch.float32)
     plan = replace(SQUARED, teacher=None, teacher_steps=8, steps=8, guidance=3.0)
-    step = a_step(unet, replace(ground, no_prompt="zeros"), sayer, plan, schedule, 0)
+    card = replace(CARD, force_zeros_for_empty_prompt=True)
+    step = a_step(unet, replace(ground, card=card), sayer, plan, schedule, 0)
     nothing = replace(step.told, context=0 * step.told.context, pooled=0 * step.told.pooled)
     with torch.no_grad():
         wanted, unwanted = (
@@ -407,6 +409,29 @@ def test_guided_away_from_nothing(ground: Ground) -> None:
         )
     guided = euler_step(step.x, unwanted + 3 * (wanted - unwanted), step.sigma, step.following)
     torch.testing.assert_close(step.reached, guided, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "teacher_steps"), [(1, 2), (1, 4), (2, 4), (2, 8)])
+def test_students_of_few_steps_learn_at_four_timesteps(ground: Ground, steps: int, teacher_steps: int) -> None:
+    """From each they go as far as a step of theirs is long, or to the clean latent, and so does their teacher."""
+    sayer, unet = Sayer(ground.tokenizers, ground.encoders, "cpu"), load_unet(ground.unet, CARD, "cpu", torch.float32)
+    plan = replace(SQUARED, teacher="4", teacher_steps=teacher_steps, steps=steps, begins=4)
+    step = a_step(unet, replace(ground, batch=16), sayer, plan, grid(plan), 0)
+    begins, length = step.timesteps + 1, 1000 // steps
+    assert set(begins.tolist()) == {250, 500, 750, 1000}
+    ends = (begins - length).clamp_min(0)
+    assert torch.equal(step.following_timesteps, (ends - 1).clamp_min(0))
+    sigmas = torch.cat([torch.zeros(1), train_sigmas()])
+    torch.testing.assert_close(step.following, sigmas[ends])
+    for row in range(16):
+        x, at, told = step.x[row, None], int(begins[row]), step.told.rows(row, row + 1)
+        while at > ends[row]:
+            to = max(0, at - 1000 // teacher_steps)
+            sigma, next_sigma = sigmas[at, None], sigmas[to, None]
+            with torch.no_grad():
+                clean = denoised(unet, x, sigma, torch.tensor([at - 1]), told, CARD.prediction)
+            x, at = euler_step(x, clean, sigma, next_sigma), to
+        torch.testing.assert_close(step.reached[row, None], x, atol=0.05, rtol=0.05)
 
 
 def test_a_run_whose_time_is_up_keeps_what_it_did(ground: Ground, tmp_path: Path) -> None:

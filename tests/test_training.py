@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_stage
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_sdxl import FIRST, SECOND, UNET
 from small_sdxl import VAE as SMALL_VAE
+from small_stage import learned
 from torch import nn
 from typer.testing import CliRunner
 
@@ -29,7 +31,7 @@ from fulgurite.sampling import TRAIN_STEPS, to_denoised, train_sigmas
 from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
-from fulgurite.training.loop import Run, Stage, TimeIsUpError, learning_rate, save_network
+from fulgurite.training.loop import Run, TimeIsUpError, learning_rate, save_network
 from fulgurite.training.preview import fit_preview
 from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
@@ -215,60 +217,26 @@ def test_crops_are_parts_of_the_pictures() -> None:
     assert any(torch.equal(crop, p[:, y : y + 96, x : x + 96]) for p in whole for y in range(5) for x in range(5))
 
 
-TWO_PROCESSES = """
-import os
-import sys
-from pathlib import Path
-import torch
-from accelerate import PartialState
-from torch import nn
-from fulgurite.training.loop import Stage
-
-def batch(number):
-    return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
-
-processes = PartialState(cpu=True)
-assert processes.num_processes == int(sys.argv[1][-1])
-torch.manual_seed(3)
-stage = Stage(Path(sys.argv[1]), nn.ModuleDict({"one": nn.Linear(3, 1)}), peak=0.1, steps=20, decay=0.9)
-while stage.step < 20:
-    numbers = [2 * stage.step, 2 * stage.step + 1] if processes.num_processes == 1 else [stage.number]
-    x = torch.cat([batch(number) for number in numbers])
-    stage.update({"loss": (stage.networks["one"](x) - x.sum(1, keepdim=True)).square().mean()})
-processes.wait_for_everyone()
-processes.destroy_process_group()
-os._exit(0)  # once in a dozen times, on a busy machine, torch's threads abort a process that ends by itself
-"""
-
-
-def run_stage(folder: Path, until: int) -> Stage:
-    torch.manual_seed(3)
-    stage = Stage(folder, nn.ModuleDict({"one": nn.Linear(3, 1)}), peak=0.1, steps=40, decay=0.9)
-    while stage.step < until:
-        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(stage.step))
-        stage.update({"loss": (stage.networks["one"](x) - x.sum(1, keepdim=True)).square().mean()})
-    return stage
-
-
 def test_a_stage_that_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
-    whole = run_stage(tmp_path / "whole", 40)
-    run_stage(tmp_path / "parts", 17).save()
-    parts = run_stage(tmp_path / "parts", 40)
+    whole = learned(tmp_path / "whole", 20)
+    learned(tmp_path / "parts", 9)
+    parts = learned(tmp_path / "parts", 20)
     for a, b in zip(whole.average.parameters(), parts.average.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    assert run_stage(tmp_path / "whole", 40).step == 40
+    assert learned(tmp_path / "whole", 20).step == 20
 
 
-def test_two_processes_learn_what_one_does_from_both_their_batches(tmp_path: Path) -> None:
-    script = tmp_path / "stage.py"
-    script.write_text(TWO_PROCESSES)
-    for processes in ("1", "2"):
-        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, script, tmp_path / processes]
-        subprocess.run([sys.executable, "-m", *launch], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    one, two = (torch.load(tmp_path / f"{n}/checkpoint.pt", weights_only=True) for n in (1, 2))
-    assert two["step"] == one["step"] == 20
-    for name, tensor in one["average"].items():
-        torch.testing.assert_close(two["average"][name], tensor)
+def test_several_processes_learn_what_one_does_from_all_their_batches(tmp_path: Path) -> None:
+    """Two go on from where one stopped, and one from where they did; each of the two keeps a part of the optimizer."""
+    learned(tmp_path / "turns", 8)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", small_stage.__file__]
+    command = [sys.executable, *two, str(tmp_path / "turns"), "14"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    told = subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
+    assert sorted(told.splitlines()) == ["2 processes, 1 of 4 optimized", "2 processes, 3 of 4 optimized"]
+    whole, turns = learned(tmp_path / "whole", 20), learned(tmp_path / "turns", 20)
+    for one, other in zip(whole.average.parameters(), turns.average.parameters(), strict=True):
+        torch.testing.assert_close(other, one)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

@@ -136,8 +136,10 @@ class Pipeline:
         if request.decoder == "fast" and not self.networks.fast_decoder:
             raise no_fast_decoder(self.card, to.steps)
         schedule = trailing_schedule(to.steps)
-        prompts = [request.prompt] + ([request.negative_prompt] if to.strength != 1 else [])
-        contexts, pooled = zip(*map(encode, prompts), strict=True)
+        encoded = [encode(request.prompt)]
+        if to.strength != 1:
+            encoded.append(self._avoided(request.negative_prompt, encode))
+        contexts, pooled = zip(*encoded, strict=True)
         sizes = size_conditioning(to.drawn_size if self.card.native_shapes else (request.width, request.height))
         noise = starting_noise(request.seed, to.latent_shape, float(schedule.sigmas[0]))
         return Row(
@@ -150,6 +152,12 @@ class Pipeline:
             noise.to(self.device),
             started,
         )
+
+    def _avoided(self, negative_prompt: str, encode: Callable[[str], Encoded]) -> Encoded:
+        states, pooled = encode(negative_prompt)
+        if negative_prompt or self.card.schedules or not self.card.force_zeros_for_empty_prompt:
+            return states, pooled
+        return torch.zeros_like(states), torch.zeros_like(pooled)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], batch: int) -> None:

@@ -97,6 +97,9 @@ class Card:
     weights: Weights
     fast_decoder: TinyDecoderConfig | None = None  # a quicker one than the VAE's, where the model has one
     guidance_tau: float = NAG_TAU  # of attention guidance: how much longer it may make attention's outputs
+    # Of an undistilled model, diffusers' name: with no negative prompt it is guided away from zeros, not from an empty
+    # prompt's states. As it was trained: SDXL's was so.
+    force_zeros_for_empty_prompt: bool = False
 
     @property
     def decoders(self) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ FEW = 64  # latents that stand for all
 class Judging:
     """How a student is judged, where it learns against a judge."""
 
-    at: tuple[int, ...] = (10, 250, 500, 750)  # timesteps to whose noise latents are brought before that, at random
+    at: tuple[int, ...] = (0,)  # timesteps to whose noise latents are brought before that, one at random
     resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
     peak: float | None = None  # learning rate of the judge's UNet, where it is not the student's
     heads: float | None = None  # of its heads, where that is not its UNet's
@@ -73,6 +72,7 @@ class Distillation:
     upon: str | None = None  # the student whose changes lie beneath its own, and its teacher's
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
+    begins: int | None = None  # so many timesteps, evenly apart, at which it learns to begin; None: those of its steps
     judging: Judging = Judging()
     adam: Adam = ADAM
     edges: bool = True  # small changes are those of the first and last convolutions and of the embeddings, too
@@ -168,7 +168,6 @@ class Ground:
     dtype: torch.dtype = torch.float32  # of all that does not learn
     checkpointing: bool = False  # activations computed twice rather than kept: SDXL's do not fit otherwise
     gathered: int = 1  # batches to an update
-    no_prompt: Literal["said", "zeros"] = "said"  # what the undistilled model is told that is guided away from nothing
 
 
 def student_file(students: Path, name: str, whole: bool, prediction: str | None = None) -> Path:
@@ -215,25 +214,34 @@ def scenes_told(ground: Ground, sayer: Sayer, rng: random.Random) -> tuple[Tenso
     return clean.to(ground.run.device), sayer([said(scene, rng) for scene in scenes], ground.latents.size)
 
 
+def grid(plan: Distillation) -> Schedule:
+    """Of all timesteps at which the student's steps begin, and its teacher's between them."""
+    return trailing_schedule(max(plan.teacher_steps, plan.begins or 0))
+
+
 def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
-    """Scenes at random, each noised to where one of the student's steps begins; the teacher walks to the end."""
+    """Scenes at random, each noised to where one of the student's steps begins; the teacher walks to the end.
+
+    ``schedule`` is ``plan``'s ``grid``: from any beginning in it a step is as long as the student's, or ends at the
+    clean latent.
+    """
     rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, told = scenes_told(ground, sayer, rng)
-    stride = plan.teacher_steps // plan.steps
-    first = stride * torch.randint(plan.steps, (ground.batch,)).to(device)
-    after = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])[first + stride]
+    places, begins = len(schedule.timesteps), plan.begins or plan.steps
+    first = places // begins * torch.randint(begins, (ground.batch,)).to(device)
+    last = (first + places // plan.steps).clamp_max(places)
     x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
     guide = None
     if plan.teacher is None:
-        if ground.no_prompt == "zeros":
+        if ground.card.force_zeros_for_empty_prompt:
             away = told.nothing()
         else:
             away = sayer([no_caption(rng) for _ in clean], ground.latents.size)
         guide = Guide(away, plan.guidance or ground.card.guidance_strength)
-    reached = walked(teacher, x, first, stride, schedule, told, ground.card.prediction, guide)
-    return Step(
-        x, schedule.sigmas[first], schedule.timesteps[first], schedule.sigmas[first + stride], after, reached, told
-    )
+    count, stride = plan.teacher_steps // plan.steps, places // plan.teacher_steps
+    reached = walked(teacher, x, first, count, schedule, told, ground.card.prediction, guide, stride)
+    timesteps = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])
+    return Step(x, schedule.sigmas[first], timesteps[first], schedule.sigmas[last], timesteps[last], reached, told)
 
 
 def a_last_step(
@@ -286,7 +294,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     )
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
-    schedule = on(trailing_schedule(plan.teacher_steps), device)
+    schedule = on(grid(plan), device)
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = next_step(ground, sayer, plan, schedule, stage.number)

@@ -1,7 +1,8 @@
 """What every training stage shares: a learning rate over time, averaged weights, checkpoints that resume, a log.
 
 ``accelerate launch``, or ``torchrun`` where there is no GPU, runs a stage as several processes: each draws batches of
-its own, and all make the same update with their gradients' mean.
+its own, and all make the same update with their gradients' mean. Each keeps the optimizer's state of its share of the
+weights, updates these, and tells the others (ZeRO's first stage: Rajbhandari et al., arXiv 1910.02054).
 """
 
 import json
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class TimeIsUpError(Exception):
@@ -119,8 +121,12 @@ class Stage:
         self.parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
         self.parts = peak if isinstance(peak, dict) else {"": Part(peak)}
         groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
-        betas = adam.momentum, adam.squares
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=adam.decay, fused=True)
+        numbers: dict[str, Any] = {"betas": (adam.momentum, adam.squares), "weight_decay": adam.decay, "fused": True}
+        self.optimizer: torch.optim.Optimizer
+        if self.processes.num_processes > 1:
+            self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **numbers)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **numbers)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -190,7 +196,12 @@ class Stage:
                 print(self.folder.name, row, flush=True)
 
     def save(self) -> None:
-        """Writes the checkpoint beside the old one, then over it: a crash leaves one of them whole."""
+        """Writes the checkpoint beside the old one, then over it: a crash leaves one of them whole.
+
+        All processes call it; any number of them can go on from it.
+        """
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict()
         if not self.processes.is_main_process:
             return
         state = {
@@ -206,6 +217,11 @@ class Stage:
         self.networks.load_state_dict(state["networks"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            # It leaves Adam's "step" on the CPU, where a GPU's fused update does not take it, and a copy of the rest.
+            own = self.optimizer.optim
+            own.load_state_dict(own.state_dict())
+            self.optimizer.state.clear()
         self.step = state["step"]
 
 

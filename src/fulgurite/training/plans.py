@@ -34,8 +34,9 @@ SDXL_PACE = Pace(
 SMALL_PACE = Pace(1e-4, 3e-4, 2e-4, 2e-5, 3e-5, 1e-3, Adam(), Adam(0.5), edges=True)
 
 # Where steps are short, ends are judged as they are; of one or two steps with noise added, so that structure counts as
-# much as detail does (the paper's section 3.7.2).
-AS_THEY_ARE, NOISED = (0,), Judging.at
+# much as detail does; at last, detail more (the paper's section 3.7.2).
+AS_THEY_ARE, NOISED, MOSTLY_FINE = (0,), (10, 250, 500, 750), 5 * (10,) + (250, 500, 750)
+FOUR = 4  # timesteps at which students of one and two steps learn to begin: 250, 500, 750, 1000 (its section 3.7.1)
 UPDATES = 6_000, 3_000, 3_000  # of an adversarial student's three parts
 
 
@@ -53,11 +54,12 @@ def adversarial(
     one judges is free of the teacher's path, so examples may be ``farther``'s, the teacher's teacher, who draws better
     (the paper's section 3.4).
     """
-    judging = Judging(at=NOISED if steps <= 2 else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
+    few = steps <= 2
+    judging = Judging(at=NOISED if few else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
     knowing = Distillation(
         f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, UPDATES[0], pace.conditional, RANK,
-        beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None, judging=judging,
-        adam=pace.against, edges=pace.edges,
+        beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None,
+        begins=FOUR if few else None, judging=judging, adam=pace.against, edges=pace.edges,
     )  # fmt: skip
     relaxed = replace(
         knowing,
@@ -70,6 +72,8 @@ def adversarial(
         peak=pace.relaxed,
     )
     whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=UPDATES[2], peak=pace.whole, rank=None)
+    if few:
+        whole = replace(whole, judging=replace(judging, at=MOSTLY_FINE))
     return knowing, relaxed, whole
 
 
@@ -95,7 +99,19 @@ SMALL = paper(SMALL_PACE)
 SDXL = paper(
     SDXL_PACE,
     Distillation(
-        "1-x0", "2", 1, 1, "squared", None, 3_000, SDXL_PACE.squared, None, "2", prediction="x0", adam=SDXL_PACE.alone
+        "1-x0",
+        "2",
+        1,
+        1,
+        "squared",
+        None,
+        3_000,
+        SDXL_PACE.squared,
+        None,
+        "2",
+        prediction="x0",
+        begins=FOUR,
+        adam=SDXL_PACE.alone,
     ),
 )
 

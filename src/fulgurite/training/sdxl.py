@@ -78,7 +78,7 @@ def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) ->
         latents = picture_latents(pictures, vae, SIZE, work / "latents")
     ground = Ground(
         of_model, files.unet, tokenizers, encoders, vae, latents, BATCH, run, dtype, checkpointing=True,
-        gathered=max(1, round(TOGETHER / (BATCH * PartialState().num_processes))), no_prompt="zeros",
+        gathered=max(1, round(TOGETHER / (BATCH * PartialState().num_processes))),
     )  # fmt: skip
     for plan in SDXL:
         distil(plan, ground, out, work / "distil")

@@ -12,6 +12,7 @@ from fulgurite.models import VAE, AttentionGuidance, Tokenizer, UNet
 from fulgurite.sampling import (
     Schedule,
     euler_step,
+    per_row,
     scale_input,
     starting_noise,
     to_denoised,
@@ -89,12 +90,28 @@ def denoised(
 
 @torch.no_grad()
 def walked(
-    unet: UNet, x: Tensor, first: Tensor, count: int, schedule: Schedule, to: Conditions, kind: str, guide: Guidance
+    unet: UNet,
+    x: Tensor,
+    first: Tensor,
+    count: int,
+    schedule: Schedule,
+    to: Conditions,
+    kind: str,
+    guide: Guidance,
+    stride: int = 1,
 ) -> Tensor:
-    """Latents after ``count`` steps of the schedule, from each row's step ``first`` ``[B]``."""
+    """Latents after ``count`` steps from each row's place ``first`` ``[B]`` in the schedule, ``stride`` places a step.
+
+    A row's last step is the shorter one that ends at the clean latent; there it stays.
+    """
+    end = len(schedule.timesteps)
     for i in range(count):
-        sigma, following = schedule.sigmas[first + i], schedule.sigmas[first + i + 1]
-        x = euler_step(x, denoised(unet, x, sigma, schedule.timesteps[first + i], to, kind, guide), sigma, following)
+        here = first + i * stride
+        there, arrived = (here + stride).clamp_max(end), here >= end
+        here = here.clamp_max(end - 1)
+        sigma, following = schedule.sigmas[here], schedule.sigmas[there]
+        clean = denoised(unet, x, sigma, schedule.timesteps[here], to, kind, guide)
+        x = torch.where(per_row(arrived, x), x, euler_step(x, clean, sigma, following))
     return x
 
 

@@ -1,0 +1,38 @@
+"""A small stage of training, which one process or several bring to a step: each update learns from two batches."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from fulgurite.training.loop import Stage
+
+
+def batch(number: int) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+
+
+def learned(folder: Path, until: int) -> Stage:
+    processes = PartialState(cpu=True)
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    stage = Stage(folder, nn.ModuleDict({"one": network}), peak=0.1, steps=20, decay=0.9, save_every=until)
+    while stage.step < until:
+        numbers = [2 * stage.step, 2 * stage.step + 1] if processes.num_processes == 1 else [stage.number]
+        x = torch.cat([batch(number) for number in numbers])
+        stage.update({"loss": (network(x) - x.sum(1, keepdim=True)).square().mean()})
+    return stage
+
+
+if __name__ == "__main__":
+    stage = learned(Path(sys.argv[1]), int(sys.argv[2]))
+    local = getattr(stage.optimizer, "optim", stage.optimizer)
+    print(
+        stage.processes.num_processes, "processes,", sum(map(bool, local.state.values())), "of 4 optimized", flush=True
+    )
+    stage.processes.wait_for_everyone()
+    stage.processes.destroy_process_group()
+    os._exit(0)  # once in a dozen times, on a busy machine, torch's threads abort a process that ends by itself
