@@ -1,6 +1,8 @@
 """The tokenizer against transformers' CLIPTokenizer, over a vocabulary that the test trains."""
 
 import json
+from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,12 @@ from tokenizers import pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
+from fulgurite.cards import card
 from fulgurite.models import CLIPTextEncoder, Tokenizer
 from fulgurite.models.tokenizer import END, START, clip_bpe
+from fulgurite.request import Request, notes, plan
+from fulgurite.training.scenes import COLOURS, STYLE_WORDS
+from fulgurite.training.words import FAULTS, FILLERS, FIRST, SYNONYMS
 
 SENTENCES = [
     "a red fox jumps over the lazy dog, in the style of a woodcut",
@@ -140,3 +146,29 @@ def test_an_end_written_in_the_prompt_ends_it_as_in_the_oracle(tmp_path):
     pooled = encoder(ids)[1]
     torch.testing.assert_close(pooled, theirs(ids).text_embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
+
+
+def test_words_that_were_never_learned_are_found_and_named(tmp_path):
+    small.write_tokenizer(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).unknown("any word") == []  # as SDXL's, which lists none
+    (tmp_path / "words.txt").write_text("a\nred\nfox\ncafé\n", encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.unknown("A red Fox in a CAFE\u0301, 42 x.") == []
+    assert tokenizer.unknown("a fox's hats, HATS and wolves") == ["hats", "and", "wolves"]
+
+    spark = card("fulgurite/spark")
+    unheard = " ".join(f"word{letter * 50}" for letter in "abcdefghijkl")
+    request = Request("a red fox", negative_prompt=unheard, width=256, height=256)
+    cut, told = notes(spark, request, plan(spark, request), [tokenizer])
+    assert told.startswith("negative_prompt has words that this model never learned: wordaaa")
+    assert told.endswith(", ...")
+    assert len(told) < 500
+    assert "was cut" in cut
+
+
+def test_the_embedded_model_knows_the_words_that_its_things_are_called():
+    tokenizer = Tokenizer.from_folder(Path(str(files("fulgurite"))) / "embedded/spark/tokenizer")
+    names = [name for thing in FIRST for name in (thing, *SYNONYMS.get(thing, ()))]
+    styles = chain(*(STYLE_WORDS[style] for style in ("3d", "flat", "cartoon", "sticker")))
+    assert not tokenizer.unknown(", ".join([*names, *COLOURS, *FILLERS, *FAULTS, *styles]))
+    assert tokenizer.unknown("a futuristic spacecraft and an astronaut") == ["astronaut"]

@@ -4,32 +4,36 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from PIL import Image
 
 from fulgurite.cards import Card
 from fulgurite.errors import RequestError
 from fulgurite.models import Tokenizer
+from fulgurite.parameters import DEFAULT_GUIDANCE, MOST_STEPS, Decoder, within_bounds
 
-DEFAULT_GUIDANCE = 7.5
-Decoder = Literal["full", "fast"]  # the VAE's own, or a tiny one, quicker and a little less exact
 Preview = Callable[[], Image.Image | None]  # the picture as it would be now, small and rough
 OnStep = Callable[[int, int, Preview], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture asked for, in the hosted API's terms and bounds."""
+    """One picture asked for, in the hosted API's terms and bounds. Raises RequestError beyond them."""
 
     prompt: str
     negative_prompt: str = ""
-    height: int = 1024  # pixels, 256..2048
+    height: int = 1024  # pixels
     width: int = 1024
-    num_steps: int = 20  # the most steps that may be spent, 1..20
-    guidance: float = DEFAULT_GUIDANCE  # 7.5: as the model's card says
-    seed: int | None = None  # 0..2**64 - 1; None: a random one
+    num_steps: int = MOST_STEPS  # that may be spent
+    guidance: float = DEFAULT_GUIDANCE
+    seed: int | None = None  # None: a random one
     decoder: Decoder = "full"
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if (name, value) != ("seed", None)}
+        found = within_bounds(given)
+        for name in given:
+            object.__setattr__(self, name, getattr(found, name))  # 512.0 is 512 from now on
 
     def seeded(self) -> "Request":
         """The same, with a random seed where it has none."""
@@ -50,8 +54,8 @@ class Plan:
 def plan(card: Card, request: Request) -> Plan:
     """What the request comes to with the card's model. Raises RequestError where it has no such decoder."""
     if request.decoder not in card.decoders:
-        has = " or ".join(card.decoders)
-        raise RequestError(f"decoder: {card.id} has no {request.decoder!r} one, only {has!r}.", "decoder")
+        has = " or ".join(map(repr, card.decoders))
+        raise RequestError(f"decoder: {card.id} has no {request.decoder!r} one, only {has}.", "decoder")
     strength, drawn = guidance_strength(card, request), drawn_size(card, request.width, request.height)
     rows = 2 if strength != 1 and not card.schedules else 1
     return Plan(card.steps_for(request.num_steps), strength, drawn, latent_shape(card, drawn), rows)
@@ -97,7 +101,7 @@ class Picture:
 
 
 def notes(card: Card, request: Request, to: Plan, tokenizers: Sequence[Tokenizer]) -> tuple[str, ...]:
-    """What was not done as asked: fewer steps, another size, a prompt cut short."""
+    """What was not done as asked: fewer steps, another size, a prompt cut short or not understood."""
     found = []
     if to.steps != request.num_steps:
         found.append(f"ran {to.steps} steps, the largest schedule of this model within the {request.num_steps} allowed")
@@ -109,4 +113,11 @@ def notes(card: Card, request: Request, to: Plan, tokenizers: Sequence[Tokenizer
     for name in ("prompt", "negative_prompt"):
         if any(tokenizer.encode(getattr(request, name))[1] for tokenizer in tokenizers):
             found.append(f"{name} was cut to its first {tokenizers[0].length - 2} tokens")
+        if unknown := tokenizers[0].unknown(getattr(request, name)):
+            found.append(f"{name} has words that this model never learned: {listed(unknown)}")
     return tuple(found)
+
+
+def listed(words: Sequence[str]) -> str:
+    """The first ten words, each at most as long as a word is."""
+    return ", ".join(word[:40] for word in words[:10]) + ", ..." * (len(words) > 10)

@@ -1,6 +1,8 @@
 """CLIP's byte-pair tokenizer, on the ``tokenizers`` library, from the published ``vocab.json`` and ``merges.txt``."""
 
 import json
+import re
+import unicodedata
 from pathlib import Path
 
 import tokenizers
@@ -31,25 +33,52 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers
     return tokenizer
 
 
+def words_of(text: str) -> list[str]:
+    """Its words, in small letters, each once, in their order."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower())))
+
+
 class Tokenizer:
-    """Text to rows of token ids: start, the prompt, end, then padding to ``length``."""
+    """Text to rows of token ids: start, the prompt, end, then padding to ``length``.
+
+    ``words`` are those that the text encoders have ever read, where they are few; None: as good as any.
+    """
 
     def __init__(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], length: int = 77, pad_token: str = END
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        length: int = 77,
+        pad_token: str = END,
+        words: frozenset[str] | None = None,
     ) -> None:
-        self.length = length
+        self.length, self.words = length, words
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad_token]
         self._bpe = clip_bpe(vocab, merges)
 
     @classmethod
     def from_folder(cls, folder: Path, length: int = 77) -> "Tokenizer":
-        """Reads ``vocab.json``, ``merges.txt`` and, where there is one, the pad token of ``tokenizer_config.json``."""
+        """Reads ``vocab.json`` and ``merges.txt``; where they are there, ``tokenizer_config.json``'s pad token, and
+        ``words.txt``, a word a line.
+        """
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         config = folder / "tokenizer_config.json"
         pad = json.loads(config.read_text(encoding="utf-8")).get("pad_token", END) if config.exists() else END
-        return cls(vocab, [(a, b) for a, b in pairs], length, pad["content"] if isinstance(pad, dict) else pad)
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        listed = folder / "words.txt"
+        words = frozenset(listed.read_text(encoding="utf-8").split()) if listed.exists() else None
+        return cls(vocab, [(a, b) for a, b in pairs], length, pad, words)
+
+    def unknown(self, text: str) -> list[str]:
+        """Words that the text encoders never read, so that they say little or nothing to them.
+
+        Of more than two letters: such as "in" and "my" say little in any case.
+        """
+        if self.words is None:
+            return []
+        return [word for word in words_of(text) if len(word) > 2 and word not in self.words]
 
     def encode(self, text: str) -> tuple[list[int], bool]:
         """One prompt's ``length`` ids, and whether the prompt was too long and has been cut."""

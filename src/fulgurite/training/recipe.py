@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
-from fulgurite.models.tokenizer import END
+from fulgurite.models.tokenizer import END, words_of
 from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
@@ -24,7 +24,7 @@ from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
 from fulgurite.training.plans import QUICK, SMALL
 from fulgurite.training.preview import preview_lines
-from fulgurite.training.scenes import caption, no_caption, random_scene
+from fulgurite.training.scenes import caption, names_of, no_caption, random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.students import students_in, write_card
 from fulgurite.training.styles import styles
@@ -73,15 +73,17 @@ PRESETS = {
 
 
 def write_tokenizer(sprites: Sprites, size: int, folder: Path) -> None:
-    """Learns the vocabulary from captions, and writes it as CLIP's tokenizer is published."""
+    """Learns the vocabulary from captions, and writes it as CLIP's tokenizer is published; beside it, their words."""
     rng = random.Random("tokenizer")
-    captions = (caption(random_scene(rng, sprites), rng) for _ in range(20_000))
-    texts = chain(captions, (no_caption(rng) for _ in range(1_000)))
+    texts = [caption(random_scene(rng, sprites), rng) for _ in range(20_000)]
+    texts += [no_caption(rng) for _ in range(1_000)]
     vocab, merges = train_tokenizer(texts, size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = sorted(set(words_of(" ".join(chain(texts, *map(names_of, sprites.things))))))
+    (folder / "words.txt").write_text("\n".join([*words, ""]), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": END}), encoding="utf-8")
 
 

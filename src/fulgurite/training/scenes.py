@@ -167,6 +167,11 @@ def plain(thing: Thing) -> str:
     return thing.name.removesuffix(" face")
 
 
+def names_of(thing: Thing) -> tuple[str, ...]:
+    """All that a caption may call it."""
+    return thing.name, *SYNONYMS.get(thing.name, ()), *thing.tags
+
+
 def name_of(thing: Thing, rng: random.Random) -> str:
     """The thing's name, or now and then another word for it."""
     pick = rng.random()
