@@ -26,7 +26,7 @@ def wait_until_up(url: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            sys.exit("The server did not start: see its words above.")
+            sys.exit("The server did not start: see its output above.")
         try:
             urllib.request.urlopen(f"{url}/healthz", timeout=5)
             return

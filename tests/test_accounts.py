@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner
 
-from fulgurite import Picture, Request
+from fulgurite import Picture, Request, cards
 from fulgurite.cli import app as command_line
 from fulgurite.cli_ledger import micro_dollars
 from fulgurite.errors import FulguriteError, RequestError
@@ -27,6 +27,7 @@ from fulgurite.server import create_app
 from fulgurite.server.limits import Meters
 from fulgurite.server.problems import Problem
 from fulgurite.settings import read_settings
+from fulgurite.training.students import write_card
 
 PRICE = 1100  # SDXL-Lightning's
 MADE: dict[str, Any] = body() | {"model": LIGHTNING}
@@ -469,6 +470,22 @@ def test_keys_on_the_command_line() -> None:
     assert "There is no model 'acme/nope'" in command("keys", "create", "x", "--model", "acme/nope").stderr
 
 
+def test_a_key_may_be_for_models_of_your_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cards, "added", {})
+    (tmp_path / "cards").mkdir()
+    write_card("spark.toml", tmp_path / "cards/fox.toml", tmp_path / "cards/fox/unet/model.safetensors")
+    folder = ("--cards", str(tmp_path / "cards"))
+    wrong = command("keys", "create", "x", "--model", "local/hare", *folder)
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert "There is no model 'local/hare' here. There are: " in wrong.stderr
+    assert "local/fox" in wrong.stderr
+    assert "nowhere" in command("keys", "create", "x", "--cards", "nowhere").stderr
+    assert command("keys", "create", "Zoë", "--model", "local/fox", *folder).exit_code == 0
+    listed = command("keys", "list").stdout.splitlines()
+    assert len(listed) == 2
+    assert "local/fox" in listed[1]
+
+
 def test_names_are_shown_as_they_are() -> None:
     name = "oops [/nope] [red]x[/red] :smile: 赤い狐\n\x1b[2J"
     shown = "oops [/nope] [red]x[/red] :smile: 赤い狐\\n\\x1b[2J"
@@ -531,6 +548,9 @@ def test_usage_on_the_command_line(engine: FakeEngine) -> None:
     assert (unknown.exit_code, unknown.stdout) == (1, "")
     assert "--key: there is no key 'key_x'." in unknown.stderr
     assert command("usage", "--since", "yesterday").exit_code == 2
+    backwards = command("usage", "--since", "2026-02-01", "--until", "2026-01-31")
+    assert (backwards.exit_code, backwards.stdout) == (1, "")
+    assert "--since: 2026-02-01 is after the last day, 2026-01-31." in backwards.stderr
 
 
 @pytest.mark.parametrize(("text", "micro"), [("5", 5_000_000), ("$0.0011", 1100), ("0", 0), ("1e2", 100_000_000)])

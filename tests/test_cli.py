@@ -18,6 +18,7 @@ from fulgurite import Pipeline, __version__, cards, pipeline, threads
 from fulgurite.cli import app
 from fulgurite.cli_ledger import show_table
 from fulgurite.engine import warm_up
+from fulgurite.parameters import Parameters
 from fulgurite.settings import read_settings
 from fulgurite.training.students import write_card
 
@@ -110,6 +111,11 @@ def test_another_size_is_said() -> None:
         (["fox", "-o", "fox.jpg"], "name it fox.png"),
         (["fox", "-o", "fox"], "name it fox.png"),
         (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere"),
+        (["fox", "-o", "file.txt/fox.png"], "--output: there is no folder file.txt."),
+        (["fox", "-o", f"{'f' * 300}.png"], ".png: File name too long."),
+        (["fox", "-o", f"{'f' * 250}.png", "-n", "2"], "-1.png: File name too long."),
+        (["fox", "-o", "sub.png", "-n", "3"], "--output: cannot write sub-2.png: Is a directory."),
+        (["fox", "-o", "astray.png"], "--output: cannot write astray.png: No such file or directory."),
         (["fox", "-o", "folder.png"], "folder.png is a folder: name a file in it, such as folder.png/output.png."),
         (["fox", "-o", "."], "--output: . is a folder: name a file in it, such as output.png."),
         (["fox", "-o", ""], "--output: . is a folder"),
@@ -118,13 +124,34 @@ def test_another_size_is_said() -> None:
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], said: str) -> None:
-    Path("folder.png").mkdir()
+    for folder in ("folder.png", "sub-2.png"):
+        Path(folder).mkdir()
+    Path("file.txt").touch()
+    Path("astray.png").symlink_to("nowhere/fox.png")
     result = run("generate", *arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
-    assert not list(Path().glob("f*x*"))
+    assert sorted(map(str, Path().glob("*.png"))) == ["astray.png", "folder.png", "sub-2.png"]
+
+
+@pytest.mark.usefixtures("with_tiny")
+def test_a_file_that_is_there_stays_until_there_is_another_picture() -> None:
+    Path("fox.png").write_bytes(b"an earlier picture")
+    assert run("generate", "fox", "-o", "fox.png", "--model", "acme/nope").exit_code == 1
+    assert Path("fox.png").read_bytes() == b"an earlier picture"
+    assert run("generate", "fox", "-o", "fox.png", "--steps", "1").exit_code == 0
+    assert metadata("fox.png").startswith("fox\n")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="this user may write everywhere")
+def test_what_may_not_be_written_is_told_before_anything_is_drawn() -> None:
+    Path("closed").mkdir(mode=0o500)
+    Path("kept.png").touch(mode=0o400)
+    for name in ("closed/fox.png", "kept.png"):
+        result = run("generate", "fox", "-o", name)
+        assert (result.exit_code, result.stderr) == (1, f"Error: --output: cannot write {name}: Permission denied.\n")
 
 
 @pytest.mark.parametrize("arguments", [["fox", "-n", "0"], ["fox", "--steps", "four"], ["fox", "--nope"], []])
@@ -140,8 +167,9 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    result = run("generate", "fox", "--steps", "1")
-    assert (result.exit_code, result.stderr) == (1, "Error: Cannot write output.png: No space left on device.\n")
+    result = run("generate", "fox", "--steps", "1", "--seed", "7")
+    said = "Error: Cannot write output.png: No space left on device. --seed 7 draws the same picture again.\n"
+    assert (result.exit_code, result.stderr) == (1, said)
 
 
 def test_a_server_is_warm_before_it_answers(engine: FakeEngine) -> None:
@@ -228,6 +256,14 @@ def test_on_a_narrow_terminal_nothing_of_a_table_is_lost(
     assert "i" * 60 in shown
     assert (shown.count("x"), shown.count("y")) == (1, 40)
     assert shown.count("\n") == 3  # the title, and two lines of the name
+
+
+def test_the_help_has_the_bounds_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    bounds = Parameters.model_json_schema()["properties"]
+    shown = " ".join(run("generate", "--help").stdout.split())
+    for name, unit in (("width", " each"), ("num_steps", ""), ("guidance", "")):
+        assert f"{bounds[name]['minimum']:g} to {bounds[name]['maximum']:g}{unit}" in shown
 
 
 def test_the_version() -> None:

@@ -23,9 +23,10 @@ from conftest import HEADERS, KEY, SPARK, Blank, body, drawn, engine_of, needs_w
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import serve
+from watched_replica import WatchedReplica
 
 from fulgurite import Picture, Request, errors
-from fulgurite.cluster import ClusterEngine, open_cluster, replica
+from fulgurite.cluster import ClusterEngine, deployment, open_cluster, replica
 from fulgurite.cluster.deployment import share
 from fulgurite.cluster.engine import NOWHERE
 from fulgurite.cluster.replica import Event, Place, Replica, StepTold
@@ -266,6 +267,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterEngine]
     said: list[str] = []
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_ADDRESS", "local")
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent))  # Ray's workers'
+        environment.setattr(deployment, "Replica", WatchedReplica)
         settings = read_settings(
             home=tmp_path_factory.mktemp("home"), replicas=2, device="cpu", warm=(f"{LIGHTNING}:4",)
         )

@@ -142,7 +142,7 @@ def test_out_of_memory_splits_the_batch_and_is_learned() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     with closing(engine_of(Blank(on))) as engine:
-        jobs = [engine.submit(SPARK, replace(FOX, prompt=str(i))) for i in range(6)]
+        jobs = [engine.submit(SPARK, replace(FOX, prompt=f"fox {i}")) for i in range(6)]
         for job in jobs:
             job.result(20)
         refused = sum(size > 2 for size in sizes)

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from http.client import HTTPResponse
 from multiprocessing.process import BaseProcess
@@ -20,11 +20,12 @@ from pathlib import Path
 import busy_server
 import httpx
 import pytest
-from conftest import HEADERS, KEY, FakeEngine, body, drawn
+from conftest import HEADERS, KEY, SPARK, FakeEngine, body, drawn
 from fastapi import FastAPI
 from PIL import Image
 
-from fulgurite import Picture, Request
+from fulgurite import APIError, Client, Picture, Request
+from fulgurite.client import Step
 from fulgurite.errors import FulguriteError
 from fulgurite.ledger import Ledger
 from fulgurite.server import body as request_body
@@ -355,3 +356,46 @@ def test_what_does_not_end_in_time_is_stopped_and_costs_nothing(start: Start, le
         assert server.exitcode is not None
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)] * 3
+
+
+def cut_off(port: int, server: BaseProcess, signals: Sequence[int]) -> list[str]:
+    """A stream's lines, of a server that is told to stop meanwhile."""
+    url, asked = f"http://127.0.0.1:{port}/api/v1", body(num_steps=20) | {"stream": True}
+    with httpx.stream("POST", url, json=asked, headers=HEADERS, timeout=20) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        wait_until(lambda: running(port))
+        for number in signals:
+            os.kill(server.pid or 0, number)
+            wait_until(lambda: refuses(port))
+        return list(answer.iter_lines())
+
+
+@pytest.mark.parametrize(
+    ("shutdown_seconds", "signals"),
+    [(1, [signal.SIGTERM]), (60, [signal.SIGINT] * 2)],
+    ids=["too late", "Ctrl-C twice"],
+)
+def test_a_stream_that_is_cut_off_says_why(
+    start: Start, ledger: Ledger, tmp_path: Path, shutdown_seconds: int, signals: Sequence[int]
+) -> None:
+    port, server = start(step_seconds=0.5, shutdown_seconds=shutdown_seconds)
+    lines = cut_off(port, server, signals)
+    server.join(20)
+    assert lines[-3] == "event: error"
+    told = json.loads(lines[-2].removeprefix("data: "))
+    assert (told["status"], told["error"]["code"], told["retry_after"]) == (503, "shutting_down", 10)
+    assert len(told["request_id"]) == 32
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)]
+
+
+def test_the_client_hears_that_a_stream_is_cut_off(start: Start) -> None:
+    port, server = start(step_seconds=0.5, shutdown_seconds=1)
+    with Client(f"http://127.0.0.1:{port}/api/v1", KEY, retries=0) as caller:
+
+        def stop(step: Step) -> None:
+            os.kill(server.pid or 0, signal.SIGTERM)
+
+        with pytest.raises(APIError, match="shutting down") as cut:
+            caller.draw("a red fox", model=SPARK, on_step=stop)
+    assert (cut.value.status, cut.value.code) == (503, "shutting_down")

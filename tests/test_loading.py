@@ -5,23 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_sdxl as small
 import torch
 from conftest import LIGHTNING, PRECISIONS, needs_weights
+from torch import nn
 
 from fulgurite import Pipeline
 from fulgurite.cards import card
 from fulgurite.engine import Loader
 from fulgurite.engine.batches import Batches
 from fulgurite.engine.cache import PromptCache
-from fulgurite.engine.loading import unet_bytes, usable_precision
+from fulgurite.engine.loading import held_bytes, published_bytes, usable_precision
 from fulgurite.errors import FulguriteError
+from fulgurite.kernels import cpu, float8
+from fulgurite.kernels.fused import fuse
 from fulgurite.models import UNet
 from fulgurite.pipeline import usual_dtype
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks, load
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
-ONE = unet_bytes(card(LIGHTNING).unet, torch.float16)
+ONE = published_bytes(card(LIGHTNING).unet, torch.float16)
 
 
 def test_larger_batches_are_used_once_they_are_proven() -> None:
@@ -56,24 +60,32 @@ def test_the_cache_of_prompts_is_bounded_in_bytes() -> None:
     assert cache.bytes == 200
 
 
+class Sized(nn.Module):
+    """A network of so many bytes, none of which is there."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.empty(size, dtype=torch.uint8, device="meta")
+
+
 class Kept:
     """A loaded pipeline without weights: its steps, and of which base its UNet is a LoRA."""
 
-    def __init__(self, model: str, steps: int, like: Networks | None, base: torch.Tensor | None) -> None:
+    def __init__(self, model: str, steps: int, like: Networks | None, base: torch.Tensor | None, size: int) -> None:
         shared = {"w": base} if base is not None else None
         if like and like.base:
             shared = like.base
         self.card, self.steps, self.like = card(model), steps, like
-        self.networks = Networks((), (), object(), object(), "v", shared)  # type: ignore[arg-type]
+        self.networks = Networks((), (), Sized(size), Sized(0), "v", shared)  # type: ignore[arg-type]
 
 
-def fake_loads(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor | None = None) -> list[int]:
-    """Pipelines are such from now on; the steps of those that are loaded."""
+def fake_loads(monkeypatch: pytest.MonkeyPatch, base: torch.Tensor | None = None, size: int = ONE) -> list[int]:
+    """Pipelines are such from now on, their UNets of this size; the steps of those that are loaded."""
     loaded: list[int] = []
 
     def pretend(model: str, *, steps: int, like: Networks | None, **_: Any) -> Kept:
         loaded.append(steps)
-        return Kept(model, steps, like, base)
+        return Kept(model, steps, like, base, size)
 
     monkeypatch.setattr(Pipeline, "load", pretend)
     return loaded
@@ -106,6 +118,31 @@ def test_the_least_recently_used_goes_first(monkeypatch: pytest.MonkeyPatch) -> 
     for steps in (1, 2, 1, 4, 1, 2):
         loader(LIGHTNING, steps)
     assert loaded == [1, 2, 4, 2]
+
+
+def test_unets_that_kernels_made_smaller_count_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = fake_loads(monkeypatch, size=ONE // 2)
+    loader = loader_of(1.7)
+    for steps in (1, 2, 4, 1, 2, 4):
+        loader(LIGHTNING, steps)
+    assert loaded == [1, 2, 4]
+
+
+def test_of_a_network_all_is_counted_that_its_layers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8, "LEAST", 64 * 64)
+    with torch.inference_mode():
+        network = UNet(small.UNET).bfloat16()
+        published = held_bytes(network)
+        fuse(network)
+        assert held_bytes(network) == published == published_bytes(small.UNET, torch.bfloat16)
+        float8.accelerate(network)
+        rounded = [layer for layer in network.modules() if isinstance(layer, float8.Float8Linear)]
+        saved = sum(layer.weight.numel() - 4 * layer.scale.numel() for layer in rounded)  # a byte each, less the scales
+        assert saved > published / 10
+        assert held_bytes(network) == published - saved
+        packed = UNet(small.UNET).bfloat16()
+        cpu.accelerate(packed)
+        assert held_bytes(packed) >= published  # though packed weights are no parameters; some are there twice
 
 
 @pytest.mark.parametrize(("room", "checkpoints", "has_base"), [(1.5, 1, False), (2.5, 1, True), (3.5, 2, True)])

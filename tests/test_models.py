@@ -1,5 +1,6 @@
 """The networks against diffusers and transformers: names, shapes, and what they compute."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from fulgurite.cards import card, cards
 from fulgurite.errors import RequestError
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
 from fulgurite.models.layers import VectorLinear
+from fulgurite.parameters import Parameters
 from fulgurite.request import Request, plan
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -35,6 +37,37 @@ def test_a_request_runs_the_largest_schedule_that_it_allows_and_never_more():
     with pytest.raises(RequestError, match="needs at least 8") as refused:
         plan(eight, Request("a fox", num_steps=7))
     assert refused.value.param == "num_steps"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", "x"),
+        ("prompt", None),
+        ("negative_prompt", None),
+        ("width", 100),
+        ("height", 0),
+        ("width", 256.5),
+        ("num_steps", 0),
+        ("num_steps", 21),
+        ("num_steps", "4"),
+        ("guidance", math.nan),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("decoder", "quick"),
+    ],
+)
+def test_what_a_request_cannot_be_is_named_at_once(name, value):
+    with pytest.raises(RequestError, match=f"^{name}: ") as refused:
+        Request(**{"prompt": "a fox"} | {name: value})
+    assert refused.value.param == name
+
+
+def test_a_request_has_the_api_s_defaults_and_whole_numbers():
+    assert vars(Request("a fox", seed=5)) == Parameters(prompt="a fox", seed=5).model_dump()
+    assert Request("a fox").seed is None
+    request = Request("a fox", width=512.0, num_steps=4.0)
+    assert (repr(request.width), repr(request.num_steps)) == ("512", "4")
 
 
 # At SDXL's sizes, on the meta device, where weights take no memory.

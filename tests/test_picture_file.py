@@ -18,7 +18,7 @@ def picture(pixels: np.ndarray, prompt: str = "a red fox") -> Picture:
     return Picture(image, Request(prompt, seed=1), SPARK, 4, image.size, 0.1, ())
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.text(max_size=30))
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.text(min_size=2, max_size=30))
 def test_pillow_reads_the_same_pixels_and_words(width: int, height: int, seed: int, prompt: str) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     made = picture(pixels, prompt)

@@ -155,7 +155,7 @@ def test_a_bug_is_a_500_that_can_be_found_in_the_log(
 
 
 def test_other_addresses_and_methods(client: TestClient) -> None:
-    for path in ("/", "/api/v1/", "/api/v2", "/api/v1/%ff%00"):
+    for path in ("/nope", "/api/v1/", "/api/v2", "/api/v1/%ff%00"):
         assert error_of(client.get(path))["code"] == "not_found"
     response = client.get("/api/v1")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
@@ -166,7 +166,7 @@ def test_other_addresses_and_methods(client: TestClient) -> None:
         assert error_of(response)["message"] == f"This address takes {allowed}."
 
 
-WATCHED = ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", f"/models/{SPARK}", "/api/v1/models"]
+WATCHED = ["/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", f"/models/{SPARK}", "/api/v1/models"]
 
 
 @pytest.mark.parametrize("path", WATCHED)
@@ -300,8 +300,8 @@ def test_settings_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_picture_files_hold_any_prompt() -> None:
-    picture = drawn(SPARK, Request("nul \0 lone \ud800 شعلة 🔥\nline", width=256, height=256, seed=1))
-    assert parameters(picture).startswith("nul   lone ? شعلة 🔥\nline\nSteps: 20")
+    picture = drawn(SPARK, Request("nul \0 شعلة 🔥\nline", width=256, height=256, seed=1))
+    assert parameters(picture).startswith("nul   شعلة 🔥\nline\nSteps: 20")
     with Image.open(io.BytesIO(png_bytes(picture))) as file:
         assert file.info["parameters"] == parameters(picture)
     assert png_bytes(picture) == png_bytes(picture)

@@ -9,10 +9,10 @@ from typer.core import TyperGroup
 
 from fulgurite import __version__
 from fulgurite.cli_bench import bench
-from fulgurite.cli_ledger import escaped, keys, show_table, usage
-from fulgurite.cli_serve import CARDS, serve
+from fulgurite.cli_ledger import CARDS, escaped, keys, show_table, usage
+from fulgurite.cli_serve import serve
 from fulgurite.cli_training import train
-from fulgurite.errors import FulguriteError
+from fulgurite.errors import FulguriteError, RequestError
 from fulgurite.threads import share_cores
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def main(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Shows the version.")
     ] = False,
 ) -> None:
-    """From a prompt to a picture in one to eight steps, on your own machine."""
+    """From a prompt to a picture, on your own machine."""
     share_cores()
 
 
@@ -88,7 +88,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     guidance: Annotated[float, typer.Option(help="Higher follows the prompt more closely, 0 to 30.")] = 7.5,
     decoder: Annotated[str, typer.Option(help="full, or fast where the model has one: quicker, less exact.")] = "full",
-    precision: Annotated[str | None, typer.Option(help="Of this machine's numbers, as for `fulgurite serve`.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Number format, as in `fulgurite serve`.")] = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many pictures, with seeds counting up.")] = 1,
     cards: CARDS = None,
 ) -> None:
@@ -121,18 +121,29 @@ def generate(
 
 
 def output_files(output: Path, count: int) -> list[Path]:
-    """fox.png, or fox-1.png, fox-2.png and so on. Fails where they could not be written."""
-    if output.is_dir():
+    """fox.png, or fox-1.png, fox-2.png and so on. Fails where they cannot be written."""
+    if os.path.isdir(output):
         raise FulguriteError(f"--output: {output} is a folder: name a file in it, such as {output / 'output.png'}.")
     if output.suffix.lower() != ".png":
         raise FulguriteError(f"--output: pictures are PNG files: name it {output.with_suffix('.png').name}.")
-    if not output.parent.is_dir():
+    if not os.path.isdir(output.parent):
         raise FulguriteError(f"--output: there is no folder {output.parent}.")
-    if not os.access(output.parent, os.W_OK):
-        raise FulguriteError(f"--output: {output} cannot be written.")
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)]
+    files = [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)] if count > 1 else [output]
+    for file in files:
+        try_to_write(file)
+    return files
+
+
+def try_to_write(file: Path) -> None:
+    """Opens the file as if to write it, and leaves it as it was: whether that works, nothing else tells for sure."""
+    try:
+        try:
+            file.open("xb").close()
+            file.unlink()
+        except FileExistsError:
+            file.open("ab").close()
+    except OSError as error:
+        raise FulguriteError(f"--output: cannot write {file}: {error.strerror}.") from None
 
 
 def parsed_size(size: str) -> tuple[int, int]:
@@ -144,15 +155,13 @@ def parsed_size(size: str) -> tuple[int, int]:
 
 def checked(given: dict[str, Any]) -> "Parameters":
     """The parameters within the bounds of the API, or an error that names the flag."""
-    from pydantic import ValidationError
-
-    from fulgurite.parameters import Parameters, explain
+    from fulgurite.parameters import within_bounds
 
     try:
-        return Parameters(**given)
-    except ValidationError as error:
-        name, message = explain(error)
-        raise FulguriteError(f"{FLAGS.get(name, name)}: {message.removeprefix(name + ': ')}") from None
+        return within_bounds(given)
+    except RequestError as error:
+        message = str(error).removeprefix(f"{error.param}: ")
+        raise FulguriteError(f"{FLAGS.get(error.param, error.param)}: {message}") from None
 
 
 def draw(pipeline: "Pipeline", request: "Request", title: str) -> "Picture":
@@ -173,12 +182,13 @@ def save(picture: "Picture", file: Path) -> None:
     """Writes the file and says so: its path on standard output, for scripts; the rest beside it, for people."""
     from fulgurite.picture_file import png_bytes
 
+    request = picture.request
     try:
         file.write_bytes(png_bytes(picture))
     except OSError as error:
-        raise FulguriteError(f"Cannot write {file}: {error.strerror}.") from None
+        again = f"--seed {request.seed} draws the same picture again"
+        raise FulguriteError(f"Cannot write {file}: {error.strerror}. {again}.") from None
     typer.echo(printable(str(file)))
-    request = picture.request
     how = f"{request.width}x{request.height}, {picture.steps} steps, {request.decoder} decoder, seed {request.seed}"
     typer.secho("; ".join([f"  {how}, {picture.model}, {picture.seconds:.1f} s", *picture.notes]), dim=True, err=True)
 
@@ -220,12 +230,13 @@ def models(cards: CARDS = None) -> None:
     """Lists the models there are."""
     from fulgurite.cards import add
     from fulgurite.cards import cards as known
+    from fulgurite.parameters import MOST_STEPS
     from fulgurite.settings import read_settings
 
     add(read_settings(cards=cards).cards)
     where = {"embedded": "inside the package", "hub": "on the hub: pull them"}
     rows = [
-        (card.id, ", ".join(map(str, card.schedules)) or "1 to 20", where.get(card.weights.source, "here"))
+        (card.id, ", ".join(map(str, card.schedules)) or f"1 to {MOST_STEPS}", where.get(card.weights.source, "here"))
         for card in known().values()
     ]
     show_table(("id", "steps", "weights"), rows, whole=("id",))

@@ -12,7 +12,7 @@ def bench(
     model: Annotated[str, typer.Option(help="The model's id.")] = "fulgurite/spark-lightning",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, 256 to 2048 each; else the model's own.")] = None,
     steps: Annotated[int, typer.Option(help="The most steps to spend, 1 to 20.")] = 4,
-    precision: Annotated[str | None, typer.Option(help="Of this machine's numbers, as for `fulgurite serve`.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Number format, as in `fulgurite serve`.")] = None,
     decoder: Annotated[str, typer.Option(help="full, or the quicker fast.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed, after one that is not.")] = 7,
     price: Annotated[float | None, typer.Option(min=0, help="What this machine costs an hour, in dollars.")] = None,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 KEY_ID = Annotated[str, typer.Argument(help="The key's id; `fulgurite keys list` shows it.")]
 HOME = Annotated[str | None, typer.Option("--home", metavar="PATH", help="The folder where state lives.")]
+CARDS = Annotated[
+    str | None, typer.Option("--cards", metavar="PATH", help="A folder with the cards of models of your own.")
+]
 MICRO = 1_000_000
 UNBOUNDED = 100_000  # columns, more than any table has
 
@@ -50,6 +53,7 @@ def create(
     pictures: Annotated[int | None, typer.Option(min=1, max=MOST_ALLOWED, help="Pictures made at once.")] = None,
     credit: Annotated[str | None, typer.Option(help="Dollars it may spend in all, such as 5.00.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may manage keys, and see everyone's usage.")] = False,
+    cards: CARDS = None,
     home: HOME = None,
 ) -> None:
     """Makes a key. Its secret is printed this once, alone on standard output."""
@@ -59,7 +63,7 @@ def create(
 
     if not name or len(name) > 200:
         raise FulguriteError("NAME: 1 to 200 characters.")
-    add(read_settings(home=home).cards)
+    add(read_settings(cards=cards).cards)
     for asked in model or ():
         card(asked)
     ends = expires.replace(tzinfo=UTC) if expires else None
@@ -109,6 +113,8 @@ def usage(
     """Shows what was made and what it cost, by day, model and key."""
     from fulgurite.records import days
 
+    if since and until and since > until:
+        raise FulguriteError(f"--since: {since:%Y-%m-%d} is after the last day, {until:%Y-%m-%d}.")
     first, end = days(since.date() if since else None, until.date() if until else None)
     with opened(home) as ledger:
         if key is not None and key not in {known.id for known in ledger.keys.all()}:

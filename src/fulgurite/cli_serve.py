@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fulgurite.cli_ledger import HOME
+from fulgurite.cli_ledger import CARDS, HOME
 from fulgurite.errors import FulguriteError
 
 if TYPE_CHECKING:
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from fulgurite.ledger import Ledger
     from fulgurite.server.listening import Server
     from fulgurite.settings import Settings
-
-CARDS = Annotated[
-    str | None, typer.Option("--cards", metavar="PATH", help="A folder with the cards of models of your own.")
-]
 
 
 def serve(
@@ -55,19 +51,27 @@ def serve(
     exact: Annotated[
         bool | None, typer.Option(help="A picture is the same to the bit whoever shares its batch.")
     ] = None,
-    unet_gb: Annotated[float | None, typer.Option(help="Gigabytes that UNets may fill before one goes.")] = None,
-    queue_size: Annotated[int | None, typer.Option(help="Pictures waiting, past which the answer is 503.")] = None,
+    unet_gb: Annotated[
+        float | None, typer.Option(help="Memory for UNets, in GB; beyond it the least recently used is evicted.")
+    ] = None,
+    queue_size: Annotated[
+        int | None, typer.Option(help="How many pictures may wait; beyond that the answer is 503.")
+    ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines on a Ray cluster (RAY_ADDRESS, or one on this machine), a GPU each.")
     ] = None,
-    deadline_seconds: Annotated[float | None, typer.Option(help="Within which a picture is made or given up.")] = None,
-    hang_seconds: Annotated[float | None, typer.Option(help="One step's, before the device is taken for dead.")] = None,
-    max_body_bytes: Annotated[int | None, typer.Option(help="That a request's body may have.")] = None,
+    deadline_seconds: Annotated[float | None, typer.Option(help="A picture not finished by then is given up.")] = None,
+    hang_seconds: Annotated[
+        float | None, typer.Option(help="How long a stage, such as a step, may take before the device counts as hung.")
+    ] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="The largest request body.")] = None,
     keep_seconds: Annotated[int | None, typer.Option(help="How long answers are kept for retries.")] = None,
     webhook_private: Annotated[
         bool | None, typer.Option("--webhook-private", help="Webhooks may go to private networks.")
     ] = None,
-    shutdown_seconds: Annotated[int | None, typer.Option(help="For pictures being made when the server stops.")] = None,
+    shutdown_seconds: Annotated[
+        int | None, typer.Option(help="How long pictures in progress may take once the server is told to stop.")
+    ] = None,
     home: HOME = None,
 ) -> None:
     """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
@@ -133,7 +137,8 @@ def engine_for(settings: "Settings") -> "Engine | ClusterEngine":
     """The one of this process, or those of a cluster. Raises FulguriteError."""
     if settings.replicas:
         if not find_spec("ray"):
-            raise FulguriteError(f"{settings.origin('replicas')}: that needs Ray: pip install 'fulgurite[cluster]'.")
+            why = "that needs Ray: in the checkout, pip install -e '.[cluster]'."
+            raise FulguriteError(f"{settings.origin('replicas')}: {why}")
         from fulgurite.cluster import open_cluster
 
         return open_cluster(settings, say)

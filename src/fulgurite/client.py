@@ -111,7 +111,7 @@ def checked(url: str, key: str) -> tuple[str, str]:
 
 
 def exchange(url: str, key: str, retries: int, prompt: str, options: Options) -> Exchange:
-    """One picture's talk with the server, whoever does the sending and waiting.
+    """One picture's requests, retries and waits, without I/O, so that Client and AsyncClient share them (sans-I/O).
 
     Yields requests to be sent, and is sent what came of them; yields seconds to be waited; returns the picture.
     """
@@ -158,7 +158,7 @@ def failure(came: httpx.Response | httpx.TransportError | None, url: str) -> API
 
 
 class Story:
-    """Server-sent events, put together into the answer that they stand for."""
+    """Assembles server-sent events into the response that they stand for."""
 
     def __init__(self) -> None:
         self._event = ""

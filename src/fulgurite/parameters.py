@@ -1,11 +1,16 @@
-"""The parameters of one picture, as the hosted API names and bounds them: one place for server and command line."""
+"""The parameters of one picture, as the hosted API names and bounds them: one place for all who ask for pictures."""
 
 import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from fulgurite.errors import RequestError
+
+MOST_STEPS = 20
+DEFAULT_GUIDANCE = 7.5  # as the model's card says
 LONGEST_PROMPT = 100_000  # characters; what the text encoders cannot read of it is cut, and a note says so
+Decoder = Literal["full", "fast"]  # the VAE's own, or a tiny one, quicker and a little less exact
 
 
 def whole(value: Any) -> Any:
@@ -25,9 +30,9 @@ class Parameters(BaseModel):
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT, description="What to avoid.")
     height: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
     width: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
-    num_steps: Whole = Field(20, ge=1, le=20, description="The most steps to spend.")
+    num_steps: Whole = Field(MOST_STEPS, ge=1, le=MOST_STEPS, description="The most steps to spend.")
     guidance: float = Field(
-        7.5, ge=0, le=30, allow_inf_nan=False, description="Higher follows the prompt more closely."
+        DEFAULT_GUIDANCE, ge=0, le=30, allow_inf_nan=False, description="Higher follows the prompt more closely."
     )
     seed: Whole = Field(
         default_factory=lambda: secrets.randbits(32),
@@ -35,10 +40,19 @@ class Parameters(BaseModel):
         le=2**64 - 1,
         description="The same seed gives the same picture; left out, a random one.",
     )
-    decoder: Literal["full", "fast"] = Field(
+    decoder: Decoder = Field(
         "full",
         description="What makes pixels of latents: fast is quicker and a little less exact, where a model has it.",
     )
+
+
+def within_bounds(given: dict[str, Any]) -> Parameters:
+    """Raises RequestError, which names the first parameter that is wrong."""
+    try:
+        return Parameters(**given)
+    except ValidationError as error:
+        name, message = explain(error)
+        raise RequestError(message, name) from None
 
 
 def explain(error: ValidationError) -> tuple[str, str]:

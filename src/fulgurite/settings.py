@@ -12,10 +12,10 @@ from platformdirs import user_config_path, user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from fulgurite.errors import FulguriteError
+from fulgurite.parameters import MOST_STEPS
 
 PREFIX = "FULGURITE_"
 CONFIG = PREFIX + "CONFIG"  # the file's path, where it is not the usual one
-MOST_STEPS = 20  # that the API lets a picture have
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 
 # Kubernetes tells every pod of a namespace where its Services are. What it says of one called "fulgurite" begins as our
@@ -84,7 +84,7 @@ class Settings(BaseModel):
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
     replicas: int | None = Field(None, ge=1)  # engines on a Ray cluster, a GPU each; None: one in this process
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
-    hang_seconds: float = Field(600, gt=0)  # that one step may take before the device is taken for dead
+    hang_seconds: float = Field(600, gt=0)  # that one stage, such as a step, may take before the device counts as hung
     exact: bool = True  # a picture is the same to the bit whoever shares its batch; docs/engine.md: what that costs
     triton_kernels: bool = False  # hand-written ones, on a GPU; no GPU has measured them yet
     cuda_graphs: bool = False  # all of a step's kernels launched at once, on a GPU; no GPU has measured it yet

@@ -21,6 +21,7 @@ from pydantic import (
 from fulgurite.errors import FulguriteError, RequestError, UnknownModelError
 from fulgurite.models import CLIPTextConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 from fulgurite.models.unet import NAG_TAU
+from fulgurite.parameters import MOST_STEPS
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Card:
     hosted_regions: tuple[str, ...]
     available_regions: tuple[str, ...]
     base_architecture: str
-    # Step counts it was distilled for, of the 20 that a request may spend; empty: any number of steps.
-    schedules: Annotated[tuple[Annotated[PositiveInt, Field(le=20)], ...], AfterValidator(rising)]
+    # Step counts it was distilled for, of those that a request may spend; empty: any number of steps.
+    schedules: Annotated[tuple[Annotated[PositiveInt, Field(le=MOST_STEPS)], ...], AfterValidator(rising)]
     prediction: Annotated[str, Field(pattern="^(epsilon|v|x0)$")]
     guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
     native_shapes: tuple[tuple[PositiveInt, PositiveInt], ...]  # width, height; empty: any size

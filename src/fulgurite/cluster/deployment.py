@@ -174,7 +174,10 @@ def leave(name: str) -> None:
 
 
 class Watch:
-    """How many replicas can draw, looked at beside all else: asking takes its time, the longer the worse things are."""
+    """Counts ready replicas on a thread of its own.
+
+    Asking Ray is slow, and slowest when the cluster is in trouble.
+    """
 
     def __init__(self, name: str) -> None:
         self._name, self._found, self._when = name, 0, time.monotonic()
@@ -184,7 +187,7 @@ class Watch:
         self._thread.start()
 
     def running(self) -> int:
-        """None, where the cluster has not answered for some time."""
+        """How many are ready; 0 if the cluster has not answered for STALE_SECONDS."""
         return self._found if time.monotonic() - self._when < STALE_SECONDS else 0
 
     def stop(self) -> None:

@@ -102,7 +102,7 @@ class ClusterEngine:
             return {"queued": len(self._jobs) - begun, "running": begun, **self._counts, "replicas": self._running()}
 
     def state(self) -> Literal["starting", "ready", "busy", "failed"]:
-        """Able to take a job, without a place for one on any replica, or without a replica."""
+        """``ready``: takes jobs; ``busy``: all replicas' queues are full; ``failed``: closed, or without a replica."""
         stats = self.stats()
         if self._closed or not stats["replicas"]:
             return "failed"

@@ -65,10 +65,6 @@ class Replica:
         """What starting had to say."""
         return self.said
 
-    def stats(self) -> dict[str, int]:
-        """Its engine's: for who wants to know what one replica does."""
-        return self.engine.stats()
-
     async def draw(self, model: str, request: Request, key: str, steps_told: bool) -> AsyncGenerator[Event, None]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[StepTold | None]()
 

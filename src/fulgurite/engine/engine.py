@@ -102,9 +102,10 @@ class Engine:
             return {"queued": queued, "running": len(self._jobs) - queued, **self._counts}
 
     def state(self) -> Literal["starting", "ready", "busy", "failed"]:
-        """Loading its first weights, able to take a job, without a place for one; or closed, or its device failed.
+        """``starting``: loading its first weights; ``ready``: takes jobs; ``busy``: its queue is full.
 
-        A GPU that made an error often makes it again until the process is started anew; a stage that works ends it.
+        ``failed``: closed, or its device failed. Most errors of a GPU last until the process is restarted; a stage
+        that succeeds ends the state.
         """
         with self._changed:
             if self._closed or self._device_failed or (self._futile_threads > 1 and not self._has_runner):

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
@@ -63,9 +64,9 @@ class Loader:
     """Gives the pipeline for a model and a number of steps.
 
     A model's checkpoints share their text encoders and VAE. UNets stay, the least recently used going first, as long as
-    all of them come to at most ``most_bytes``, or else to half the device's memory. LoRA checkpoints share the UNet
-    that they change: while any of them is here it stays on the device too, if there is room for it and one of them, so
-    that a checkpoint that went comes back by a few small products, the same to the bit.
+    all of them, as kernels hold them, come to at most ``most_bytes``, or else to half the device's memory. LoRA
+    checkpoints share the UNet that they change: while any of them is here it stays on the device too, if there is room
+    for it and one of them, so that a checkpoint that went comes back by a few small products, the same to the bit.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Loader:
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
         self._loaded: OrderedDict[tuple[str, int], Pipeline] = OrderedDict()
         self._seconds: dict[str, float] = {}  # that a model's checkpoint last took
+        self._came_to: dict[str, int] = {}  # bytes, a model's UNet when it was last loaded
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Loader":
@@ -119,7 +121,8 @@ class Loader:
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
             if like:  # without its UNet: held here it would make no room
                 like = replace(like, unet=None)  # type: ignore[arg-type]
-            while self._loaded and self._bytes() + unet_bytes(of_model.unet, self.dtype) > self._most_bytes:
+            room = self._came_to.get(model) or published_bytes(of_model.unet, self.dtype)
+            while self._loaded and self._bytes() + room > self._most_bytes:
                 self._loaded.popitem(last=False)
             pipeline = Pipeline.load(
                 model, steps=steps, device=self.device, dtype=self.dtype, eight_bits=self._eight_bits, like=like
@@ -137,6 +140,7 @@ class Loader:
             if self.device == "cpu":
                 cpu.give_back_memory()
             self._seconds[model] = time.monotonic() - started
+            self._came_to[model] = held_bytes(pipeline.networks.unet)
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
@@ -168,12 +172,20 @@ class Loader:
         """Of the UNets and what they are LoRAs on. On a CPU that is the file itself, mapped: no memory of ours."""
         bases = {id(kept.networks.base): kept.networks.base or {} for kept in self._loaded.values()}
         tensors = [tensor for base in bases.values() for tensor in base.values() if tensor.device.type != "cpu"]
-        unets = sum(unet_bytes(kept.card.unet, self.dtype) for kept in self._loaded.values())
+        unets = sum(held_bytes(kept.networks.unet) for kept in self._loaded.values())
         return unets + sum(tensor.nbytes for tensor in tensors)
 
 
+def held_bytes(network: nn.Module) -> int:
+    """Of all tensors that its layers hold: parameters, and what kernels have put in their place."""
+    values = [value for layer in network.modules() for value in vars(layer).values()]
+    values += [kept for value in values if isinstance(value, dict) for kept in value.values()]
+    return sum({id(value): value.nbytes for value in values if isinstance(value, torch.Tensor)}.values())
+
+
 @cache
-def unet_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
+def published_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
+    """Of a UNet as its files have it, before any kernel packs or rounds it."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in UNet(config).parameters()) * dtype.itemsize
 

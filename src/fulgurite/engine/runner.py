@@ -51,7 +51,10 @@ class Drawing:
 
 @dataclass
 class StageOutcome:
-    """What became of a stage. Who is in none of the three was left for another time."""
+    """What a stage did.
+
+    A drawing in none of ``moved``, ``pictures`` and ``failed`` did not fit into the batch and is run later.
+    """
 
     moved: list[Drawing] = field(default_factory=list)
     pictures: dict[Drawing, Picture] = field(default_factory=dict)
@@ -61,7 +64,11 @@ class StageOutcome:
 
 
 def broken(error: BaseException) -> Exception:
-    """An error for a job: people's as it is, a bug in one that may cross threads (StopIteration may not)."""
+    """The exception that ends a job.
+
+    A FulguriteError as it is, a failed device as DeviceError, a bug wrapped in RuntimeError, since a future does not
+    take every exception (StopIteration).
+    """
     if isinstance(error, FulguriteError):
         return error
     if isinstance(error, torch.AcceleratorError):
@@ -159,7 +166,7 @@ class Runner:
         failure: BaseException | None,
         outcome: StageOutcome,
     ) -> None:
-        """A step failed for one alone: that is its end, unless it was for want of memory, and memory can be made."""
+        """A step failed for one drawing alone. It fails, unless memory ran out and dropping other checkpoints helps."""
         try:
             if failure:
                 raise failure

@@ -49,8 +49,9 @@ class Work:
 
 
 class Shares:
-    """Seconds that each has had, by its weight. Who joins has had as much as who was served last: idling saves
-    nothing up.
+    """Virtual time of start-time fair queueing: device seconds used by each key or group, divided by its weight.
+
+    A newcomer starts level with whoever was served last, so idling earns no credit.
     """
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ def connect(url: str) -> Engine:
             "FULGURITE_LEDGER is not a database's URL, such as postgresql://USER:PASSWORD@HOST/NAME."
         ) from None
     except ModuleNotFoundError as error:
-        raise LedgerError(f"The ledger needs {error.name}: pip install 'fulgurite[postgres]'.") from None
+        raise LedgerError(f"The ledger needs {error.name}: in the checkout, pip install -e '.[postgres]'.") from None
     try:
         migrate(engine)
     except SQLAlchemyError as error:

@@ -13,6 +13,7 @@ from fulgurite.server.envelope import Envelope
 from fulgurite.server.headers import describe_everywhere
 from fulgurite.server.listening import seconds_left
 from fulgurite.server.metrics import add_watching
+from fulgurite.server.openai_images import add_openai_images
 from fulgurite.server.pictures import add_pictures
 from fulgurite.server.predictions import add_predictions
 from fulgurite.server.problems import add_problem_handlers
@@ -22,6 +23,7 @@ from fulgurite.settings import Settings
 
 DESCRIPTION = """\
 Pictures from a prompt: `POST /api/v1` answers with one, `/api/v1/predictions` makes it while you do something else.
+`/v1/images/generations` is OpenAI's Images API.
 
 Send your key as the header `Authorization: Bearer KEY`. A picture costs what its model's card says; one that was not
 made costs nothing. A key may have a credit: when it is spent, the answer is 402. What goes wrong is told as
@@ -52,6 +54,7 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     add_problem_handlers(app)
     add_pictures(app, service)
     add_predictions(app, service)
+    add_openai_images(app, service)
     add_accounts(app, service)
     add_catalogue(app, service)
     add_watching(app, engine, service.metrics)

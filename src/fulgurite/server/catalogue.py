@@ -1,4 +1,4 @@
-"""The models there are, from their cards alone: as JSON for programs, and as a page for people."""
+"""The models there are, from their cards alone: as JSON for programs, and as pages for people."""
 
 import asyncio
 import html
@@ -53,12 +53,12 @@ const response = await fetch("$url", {
 if (!response.ok) throw new Error(await response.text());
 await writeFile("output.png", Buffer.from(await response.arrayBuffer()));""")
 
-PAGE = Template("""\
+FRAME = Template("""\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>$name</title>
+<title>$title</title>
 <style>
   :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
   body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
@@ -67,6 +67,21 @@ PAGE = Template("""\
   table { border-collapse: collapse; width: 100%; }
   th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; }
 </style>
+$body
+</html>
+""")
+
+FRONT = Template("""\
+<h1>Fulgurite</h1>
+<p>Pictures from a prompt: <code>POST $url</code> answers with one. It asks for an API key, which whoever runs this
+server gives you. A model's page has examples to copy; <a href="/docs">the documentation</a> has all requests.</p>
+<table><tr><th>model<th>cost</tr>$models</table>""")
+
+LISTED = Template("""\
+<tr><td><a href="/models/$id">$name</a> <code>$id</code><br>$description $demo<td>$cost</tr>""")
+
+PAGE = Template("""\
+<nav><a href="/">All models</a> · <a href="/docs">Documentation</a></nav>
 <h1>$name</h1>
 <p>$description</p>
 <p>$demo</p>
@@ -76,9 +91,7 @@ PAGE = Template("""\
 <table><tr><th>name<th>type<th>default<th>bounds<th>what it does</tr>$parameters</table>
 <h2>Python</h2><pre>$python</pre>
 <h2>curl</h2><pre>$curl</pre>
-<h2>JavaScript</h2><pre>$javascript</pre>
-</html>
-""")
+<h2>JavaScript</h2><pre>$javascript</pre>""")
 
 
 def add_catalogue(app: FastAPI, service: Service) -> None:
@@ -94,6 +107,11 @@ def add_catalogue(app: FastAPI, service: Service) -> None:
         """One model: its card, its parameters as JSON Schema, and examples for this server."""
         service.check_served(model)
         return described(model, http, service)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def front(http: HTTPRequest) -> str:
+        """What people find who open the server's address."""
+        return rendered_front([described(model, http, service) for model in service.served], f"{http.base_url}api/v1")
 
     @app.get("/models/{model:path}/example.png", response_class=Response, include_in_schema=False)
     async def example(model: str) -> Response:
@@ -123,9 +141,10 @@ def described(model: str, http: HTTPRequest, service: Service) -> dict[str, Any]
     """A model as clients see it: the card's fields, and what follows from them."""
     of_model = card(model)
     shown = {field.name: getattr(of_model, field.name) for field in fields(of_model) if field.name not in NETWORKS}
-    url = f"{http.base_url}api/v1"
+    url, price = f"{http.base_url}api/v1", service.price(model)
     shown |= {
-        "cost": f"${dollars(of_model.cost_microdollars)} per image",
+        "cost_microdollars": price,
+        "cost": f"${dollars(price)} per image",
         "endpoint_url": url,
         "page_url": f"{http.base_url}models/{model}",
         "parameters": parameters_of(model, service),
@@ -157,6 +176,22 @@ def examples_for(model: str, url: str) -> dict[str, str]:
     }
 
 
+def escaped(shown: dict[str, Any]) -> dict[str, str]:
+    """For a page; a model's demo is empty where it draws itself."""
+    return {name: html.escape(str(value)) for name, value in ({"demo": ""} | shown).items()}
+
+
+def framed(title: str, body: str) -> str:
+    """A whole page; ``body`` is HTML."""
+    return FRAME.substitute(title=html.escape(title), body=body)
+
+
+def rendered_front(models: list[dict[str, Any]], url: str) -> str:
+    """The page of all models; everything that comes from a card or from the client's own address is escaped."""
+    listed = [LISTED.substitute(escaped(model)) for model in models]
+    return framed("Fulgurite", FRONT.substitute(url=html.escape(url), models="".join(listed)))
+
+
 def rendered(model: dict[str, Any]) -> str:
     """The page; everything that comes from a card or from the client's own address is escaped."""
     facts = {
@@ -181,13 +216,12 @@ def rendered(model: dict[str, Any]) -> str:
         )
         for name, has in model["parameters"]["properties"].items()
     )
-    text = {"name": model["name"], "id": model["id"], "description": model["description"], "prompt": EXAMPLE["prompt"]}
-    text |= {"demo": model.get("demo", "")} | model["examples"]
-    return PAGE.substitute(
-        {name: html.escape(str(value)) for name, value in text.items()},
+    body = PAGE.substitute(
+        escaped(model | model["examples"] | {"prompt": EXAMPLE["prompt"]}),
         facts="".join(row("th", "td", fact) for fact in facts.items()),
         parameters="".join(row("td", "td", parameter) for parameter in rows),
     )
+    return framed(model["name"], body)
 
 
 def row(first: str, others: str, cells: tuple[Any, ...]) -> str:

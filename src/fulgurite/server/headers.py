@@ -23,6 +23,7 @@ LIMITS = {
     "X-RateLimit-Limit-Pictures": header("Pictures that the key may have made at once, if that is limited.", "integer"),
     "X-RateLimit-Remaining-Pictures": header("Of them, those not taken as the request came.", "integer"),
 }
+NOTES = {"X-Fulgurite-Notes": header("What was not done as asked, if anything.")}
 PICTURE = {
     "X-Fulgurite-Id": header("The request's that the picture was made for, as in the ledger."),
     "X-Fulgurite-Model": header("The model that drew it."),
@@ -31,7 +32,7 @@ PICTURE = {
     "X-Fulgurite-Seed": header("The seed, which was drawn if none was sent.", "integer"),
     "X-Fulgurite-Seconds": header("What making it took.", "number"),
     "X-Fulgurite-Price": header("Dollars.", "number"),
-    "X-Fulgurite-Notes": header("What was not done as asked, if anything."),
+    **NOTES,
     "X-Fulgurite-Demo": header("That a much smaller model answers for the one asked for, if it does."),
     "Idempotent-Replayed": header("true: an earlier answer to the same idempotency key, not billed again."),
 }

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -269,18 +269,21 @@ def client_gone() -> Problem:
 
 def picture_headers(picture: Picture, price: int) -> dict[str, str]:
     """How the picture was made, for those who look at headers."""
-    headers = {
+    return {
         "X-Fulgurite-Model": picture.model,
         "X-Fulgurite-Steps": str(picture.steps),
         "X-Fulgurite-Decoder": picture.request.decoder,
         "X-Fulgurite-Seed": str(picture.request.seed),
         "X-Fulgurite-Seconds": f"{picture.seconds:.3f}",
         "X-Fulgurite-Price": dollars(price),
+        **notes_header(picture.notes),
     }
-    if picture.notes:
-        one_line = " ".join("; ".join(picture.notes).split())
-        headers["X-Fulgurite-Notes"] = one_line.encode("ascii", "replace").decode()
-    return headers
+
+
+def notes_header(notes: Sequence[str]) -> dict[str, str]:
+    """What was not done as asked, as headers can say it."""
+    one_line = " ".join("; ".join(notes).split())
+    return {"X-Fulgurite-Notes": one_line.encode("ascii", "replace").decode()} if notes else {}
 
 
 def made(answer: Answer) -> dict[str, str]:

@@ -28,11 +28,15 @@ class Metrics:
 
         self._requests = counter("requests", "HTTP requests answered.", "method", "path", "status")
         self._errors = counter("errors", "Answers that were errors, by their code.", "code")
-        self._pictures = counter("pictures", "Pictures at their end.", "model", "outcome")
+        self._pictures = counter("pictures", "Pictures that ended, by outcome.", "model", "outcome")
         self._steps = counter("steps", "Steps run for pictures that were made.", "model")
         self._charged = counter("charged_microdollars", "Prices of the pictures that were made.", "model")
         self._phases = Histogram(
-            "fulgurite_picture_seconds", "Of a picture's phases.", ["phase"], registry=self.registry, buckets=SECONDS
+            "fulgurite_picture_seconds",
+            "Seconds a picture spent in each phase: queued, computed, encoded.",
+            ["phase"],
+            registry=self.registry,
+            buckets=SECONDS,
         )
         self.registry.register(self)
 
@@ -75,7 +79,7 @@ def add_watching(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         state = engine.state()
         return JSONResponse({"state": state}, READY if state == "ready" else NOT_READY)
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, summary="Prometheus metrics")
     async def show() -> Response:
         """For Prometheus. It asks for no key: keep it inside your network."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -43,7 +43,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={
             200: {
-                "description": "The picture; or the events of its making, the last of which has it.",
+                "description": "The picture; or a stream of events, the last of which has it.",
                 "content": {kind: binary for kind in FORMATS.values()} | {streaming.MEDIA_TYPE: {"schema": text}},
                 "headers": PICTURE | LIMITS,
             },
@@ -51,6 +51,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         },
         openapi_extra=request_body(),
         dependencies=[BEARER],
+        summary="Draw a picture",
     )
     async def draw(http: HTTPRequest) -> Response:
         """Draws one picture.
@@ -59,8 +60,8 @@ def add_pictures(app: FastAPI, service: Service) -> None:
 
         * `queued`: `id`; `position`, the pictures before it; `seconds`, about how long it waits.
         * `step`, after each: `step`, of so many `steps`; `preview`, a small JPEG as a data URL, or null.
-        * `done`, the last: `picture` as a data URL, and how it was made: what the headers X-Fulgurite-... say, by
-          their names without that, in small letters.
+        * `done`, the last: `picture` as a data URL, and the values of the `X-Fulgurite-...` headers under their
+          lower-case names without that prefix (`seed`, `steps`, `model`, ...).
         * `error`, the last instead: `status`, `error` (as elsewhere), `retry_after` (seconds or null), `request_id`.
         """
         order = await service.order(http)

@@ -32,7 +32,7 @@ PREFER_HEADER = {
     "name": "Prefer",
     "in": "header",
     "schema": {"type": "string"},
-    "description": "respond-async: the answer comes at once, and the picture is made meanwhile.",
+    "description": "respond-async: the answer comes at once, and the picture is made afterwards.",
 }
 
 
@@ -73,7 +73,10 @@ class Predictions:
         self._known: dict[tuple[str, str], Prediction] = {}
 
     async def begin(self, http: HTTPRequest, id: str | None = None) -> tuple[str, Prediction | Answer]:
-        """Starts a picture, or joins or has the one under this id. Raises what an order does, and Problem (409)."""
+        """Starts the picture under this id, joins it if it is being made, or returns its answer.
+
+        Raises as Service.order does, and Problem (409).
+        """
         order, body = await self._service.order_as(http, PredictionBody)
         if order.stream:
             message = "A prediction is not streamed: ask for its status, or send the request to /api/v1."
@@ -211,8 +214,8 @@ def add_predictions(app: FastAPI, service: Service) -> None:
     refusals = error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503)
     asked: dict[str, Any] = request_body(PredictionBody)
     described: dict[int | str, dict[str, Any]] = {
-        201: {"description": "It is made.", "model": PredictionShown, "headers": LIMITS},
-        202: {"description": "It is on its way.", "model": PredictionShown, "headers": LIMITS},
+        201: {"description": "The picture is made.", "model": PredictionShown, "headers": LIMITS},
+        202: {"description": "Accepted; not finished yet.", "model": PredictionShown, "headers": LIMITS},
         **refusals,
     }
 
@@ -231,9 +234,10 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         responses=described,
         openapi_extra={**asked, "parameters": [IDEMPOTENCY_HEADER, PREFER_HEADER]},
         dependencies=[BEARER],
+        summary="Create a prediction",
     )
     async def create(http: HTTPRequest) -> JSONResponse:
-        """Asks for a picture. With ``Prefer: respond-async`` the answer is 202 at once; else 201 when it is made."""
+        """Creates a prediction. With ``Prefer: respond-async`` the answer is 202 at once; else 201 when it is made."""
         return await begun(http, None)
 
     @app.put(
@@ -243,14 +247,23 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         responses=described,
         openapi_extra={**asked, "parameters": [PREFER_HEADER]},
         dependencies=[BEARER],
+        summary="Create a prediction under your own id",
     )
     async def put(http: HTTPRequest, id: PredictionId) -> JSONResponse:
-        """The same under an id of your own: sent again it is the same picture, made once and billed once."""
+        """Creates a prediction under an id of your own.
+
+        Sending it again returns the same prediction: one picture, billed once.
+        """
         return await begun(http, id)
 
-    @app.get("/api/v1/predictions/{id}", responses=error_responses(401, 404, 422, 503), dependencies=[BEARER])
+    @app.get(
+        "/api/v1/predictions/{id}",
+        responses=error_responses(401, 404, 422, 503),
+        dependencies=[BEARER],
+        summary="Get a prediction",
+    )
     async def get(http: HTTPRequest, id: PredictionId) -> PredictionShown:
-        """How far it is."""
+        """A prediction's status, and its picture's URL once it has succeeded."""
         return shown(str(http.base_url), id, await predictions.find(await service.caller(http), id))
 
     @app.get(
@@ -265,6 +278,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
             **error_responses(401, 404, 409, 422, 503),
         },
         dependencies=[BEARER],
+        summary="Get a prediction's picture",
     )
     async def output(http: HTTPRequest, id: PredictionId) -> Response:
         """The picture's bytes, with the headers that ``POST /api/v1`` gives."""
@@ -273,9 +287,14 @@ def add_predictions(app: FastAPI, service: Service) -> None:
             raise Problem(409, "no_output", f"There is no picture: this prediction is {found.status()}.", "id")
         return Response(found.content, media_type=found.media_type, headers=dict(found.headers))
 
-    @app.post("/api/v1/predictions/{id}/cancel", responses=error_responses(401, 404, 422, 503), dependencies=[BEARER])
+    @app.post(
+        "/api/v1/predictions/{id}/cancel",
+        responses=error_responses(401, 404, 422, 503),
+        dependencies=[BEARER],
+        summary="Cancel a prediction",
+    )
     async def cancel(http: HTTPRequest, id: PredictionId) -> PredictionShown:
-        """Stops it, if it is not made yet: what was not made is not billed."""
+        """Cancels a prediction that is not finished. A picture that was not made is not billed."""
         found = await predictions.find(await service.caller(http), id)
         if isinstance(found, Prediction):
             predictions.cancel(found)

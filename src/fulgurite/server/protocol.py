@@ -35,7 +35,10 @@ class Engine(Protocol):
         """Jobs ``queued``, ``running``, ``done`` and ``failed``; there may be more numbers."""
 
     def state(self) -> EngineState:
-        """Loading its first weights, able to take a job, without a place for one, or beyond repair."""
+        """``starting``: loading its first weights; ``ready``: takes jobs; ``busy``: its queue is full.
+
+        ``failed``: closed, or its device failed.
+        """
 
 
 class Keys(Protocol):

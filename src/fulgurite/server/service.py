@@ -49,6 +49,10 @@ class Service:
         if model not in self.served:
             raise UnknownModelError(model, self.served)
 
+    def price(self, model: str) -> int:
+        """What a picture costs, in micro-dollars: by the card of the model that draws it."""
+        return card(self.settings.drawn_by(model)).cost_microdollars
+
     async def caller(self, http: HTTPRequest) -> Key:
         """The key that a request carries. Raises Problem (401)."""
         scheme, _, secret = http.headers.get("authorization", "").partition(" ")
@@ -73,14 +77,26 @@ class Service:
         return key
 
     async def order(self, http: HTTPRequest) -> Order:
-        """What a request asks for, its right to ask checked. Raises Problem or UnknownModelError."""
+        """Authenticates a request, counts it against the key's limits, checks its body, and returns the order.
+
+        Raises Problem, RequestError or UnknownModelError.
+        """
         return (await self.order_as(http, PictureBody))[0]
 
     async def order_as(self, http: HTTPRequest, kind: type[Body]) -> tuple[Order, Body]:
-        """What a request asks for, its right to ask checked. Raises Problem or UnknownModelError."""
+        """As ``order``, with a body of this kind, which is returned too."""
+        key = await self.admitted(http)
+        body = await read_body(http, self.settings.max_body_bytes, kind)
+        return self.order_of(http, key, body), body
+
+    async def admitted(self, http: HTTPRequest) -> Key:
+        """The key that a request for pictures carries, the request counted. Raises Problem (401 or 429)."""
         key = await self.caller(http)
         http.state.headers = self.jobs.meters.count_request(key)
-        body = await read_body(http, self.settings.max_body_bytes, kind)
+        return key
+
+    def order_of(self, http: HTTPRequest, key: Key, body: PictureBody) -> Order:
+        """What a key asks for by a body. Raises Problem, RequestError or UnknownModelError."""
         self.check_served(body.model)
         http.state.model = body.model
         if key.limits.models is not None and body.model not in key.limits.models:
@@ -93,19 +109,18 @@ class Service:
         request = Request(**asked)
         plan(card(drawn_by), request)  # what the model cannot do is refused now
         media_type = body.media_type(http.headers.get("accept", ""))
-        order = Order(
+        return Order(
             id=http.state.request_id,
             key=key,
             model=drawn_by,
             request=request,
             media_type=media_type,
-            price=card(drawn_by).cost_microdollars,
+            price=self.price(body.model),
             body_hash=body_hash(body, media_type),
             idempotency_key=idempotency_key(http),
             stream=body.stream or "text/event-stream" in http.headers.get("accept", "").lower(),
             headers={"X-Fulgurite-Demo": demo_notice(body.model, drawn_by)} if drawn_by != body.model else {},
         )
-        return order, body
 
 
 def card_for(setting: str, model: str, settings: Settings) -> Card:

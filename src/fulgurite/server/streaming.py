@@ -11,7 +11,8 @@ from fastapi import Request as HTTPRequest
 
 from fulgurite.records import Answer
 from fulgurite.server.jobs import Job, Jobs, StepDone, made
-from fulgurite.server.problems import logged
+from fulgurite.server.listening import seconds_left
+from fulgurite.server.problems import logged, shutting_down
 
 MEDIA_TYPE = "text/event-stream"
 # Proxies must neither keep the events nor gather them.
@@ -50,6 +51,10 @@ async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes
                 break
             await any_of(answer, news)
         yield last_event(http, answer)
+    except asyncio.CancelledError:
+        if seconds_left(http.app, most=1) > 0:  # it was the client who stopped this, not the server
+            raise
+        yield last_event(http, answer)
     finally:
         job.listeners.discard(news)
         answer.cancel()
@@ -72,10 +77,12 @@ def step_event(step: StepDone) -> bytes:
 
 
 def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]") -> bytes:
-    """The picture, or what went wrong."""
+    """The picture, or what went wrong; if nothing has come yet, that the server stops."""
     try:
+        if not answer.done():
+            raise shutting_down()
         found = answer.result()
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         said = logged(error, http.state.request_id)
         http.state.code = said.code
         seconds = (said.headers or {}).get("Retry-After")

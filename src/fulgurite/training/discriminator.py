@@ -1,4 +1,4 @@
-"""The judge of adversarial distillation: whether a latent is the teacher's, or data, or the student's.
+"""The discriminator of adversarial distillation: tells the student's latents from the teacher's, or from data.
 
 As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the way down and the middle: it judges
 latents, at any noise, by the prompt, and knows pictures from the start. A small head on the features of each resolution

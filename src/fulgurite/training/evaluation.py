@@ -1,4 +1,4 @@
-"""How well a model draws what it is told, by a judge of its own (``reader.py``).
+"""How well a model draws what it is told, by an evaluator of its own (``reader.py``, called the judge below).
 
 Of pictures drawn from held-out captions: how often the judge finds a picture's caption among 100, and the Frechet
 distances (Heusel et al., arXiv 1706.08500) of its features of them to those of held-out renders: of whole pictures, and

@@ -1,4 +1,4 @@
-"""The judge of finished models: an encoder of pictures and one of captions, in one space.
+"""The evaluator of finished models: an encoder of pictures and one of captions, in one space.
 
 Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures. It reads
 captions by the shipped model's tokenizer, whoever is judged: models that learned other words have the same judge.

@@ -24,7 +24,7 @@ DECODED = 4096  # places of latents together: more do not fit a processor's cach
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the UNet is told of each row besides its latent."""
+    """The UNet's conditioning, a row each: text states, pooled state, sizes."""
 
     context: Tensor  # [B, L, D]
     pooled: Tensor  # [B, P]
@@ -39,7 +39,7 @@ class Conditions:
 
 
 class Sayer:
-    """Captions to what the UNet is told of them."""
+    """Encodes captions into the UNet's conditions."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[nn.Module], device: str) -> None:
         self.tokenizers, self.device = tokenizers, device

@@ -1,0 +1,157 @@
+"""OpenAI's own client against the server: what it sends is understood, what it is sent it understands."""
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import openai
+import pytest
+from conftest import KEY, LIGHTNING, SPARK, FakeEngine, drawn
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from fulgurite import Picture, Request, cards
+from fulgurite.errors import BusyError
+from fulgurite.ledger import Ledger
+from fulgurite.records import Limits
+
+
+@pytest.fixture
+def images(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def opened(b64_json: str | None) -> Image.Image:
+    assert b64_json
+    return Image.open(io.BytesIO(base64.b64decode(b64_json)))
+
+
+def test_a_picture(images: openai.OpenAI, engine: FakeEngine, ledger: Ledger) -> None:
+    found = images.images.generate(model=LIGHTNING, prompt="a red fox", size="1536x1024", quality="medium")
+    [picture] = found.data
+    assert opened(picture.b64_json).format == "PNG"
+    assert opened(picture.b64_json).size == (1536, 1024)
+    assert (found.size, found.output_format) == ("1536x1024", "png")
+    [(model, request)] = engine.jobs
+    assert (model, request.prompt, request.num_steps) == (LIGHTNING, "a red fox", 4)
+    [entry] = ledger.entries()
+    assert (entry.outcome, entry.price) == ("done", 1100)
+    assert picture.made["id"] == entry.request_id  # type: ignore[attr-defined]
+    assert picture.made["price"] == "0.0011"  # type: ignore[attr-defined]
+
+
+def test_several_pictures_have_seeds_that_count_up_and_each_its_own_line(
+    images: openai.OpenAI, engine: FakeEngine, ledger: Ledger
+) -> None:
+    extra = {"seed": 2**64 - 1, "num_steps": 3, "guidance": 5.0, "negative_prompt": "blurry"}
+    found = images.images.generate(model=SPARK, prompt="a red fox", n=3, output_format="webp", extra_body=extra)
+    assert [request.seed for _, request in engine.jobs] == [2**64 - 1, 0, 1]
+    assert {(r.num_steps, r.guidance, r.negative_prompt) for _, r in engine.jobs} == {(3, 5.0, "blurry")}
+    assert {(r.width, r.height) for _, r in engine.jobs} == {(256, 256)}  # the model's own
+    assert [picture.made["seed"] for picture in found.data] == [str(2**64 - 1), "0", "1"]  # type: ignore[attr-defined]
+    assert {opened(picture.b64_json).format for picture in found.data} == {"WEBP"}
+    assert len({entry.request_id for entry in ledger.entries()}) == 3
+
+    images.images.generate(model=SPARK, prompt="a red fox", n=3)
+    assert len({request.seed for _, request in engine.jobs[3:]}) == 3
+
+
+def test_what_was_not_made_of_several_is_not_billed_and_told(client: TestClient, ledger: Ledger, engine: FakeEngine):
+    def answer(model: str, request: Request) -> Picture:
+        if request.seed == 8:
+            raise BusyError("All 64 places in the queue are taken.", 3)
+        return drawn(model, request)
+
+    engine.answer = answer
+    asked = {"model": LIGHTNING, "prompt": "a red fox", "n": 3, "seed": 7}
+    found = client.post("/v1/images/generations", json=asked)
+    assert found.status_code == 200
+    assert [picture["made"]["seed"] for picture in found.json()["data"]] == ["7", "9"]
+    assert found.headers["x-fulgurite-notes"] == "All 64 places in the queue are taken."
+    assert sorted((entry.outcome, entry.price) for entry in ledger.entries()) == [
+        ("done", 1100), ("done", 1100), ("refused", 0),
+    ]  # fmt: skip
+    none = client.post("/v1/images/generations", json=asked | {"seed": 8, "n": 1})
+    assert (none.status_code, none.json()["error"]["code"]) == (503, "busy")
+
+
+def test_a_retry_gets_the_same_pictures_and_is_billed_once(client: TestClient, ledger: Ledger) -> None:
+    asked = {"model": LIGHTNING, "prompt": "a red fox", "n": 2}
+    once = {"Idempotency-Key": "k" * 255}
+    first, second = (client.post("/v1/images/generations", json=asked, headers=once).json() for _ in range(2))
+    assert [picture["b64_json"] for picture in first["data"]] == [picture["b64_json"] for picture in second["data"]]
+    assert [picture["made"]["seed"] for picture in first["data"]] == [p["made"]["seed"] for p in second["data"]]
+    assert len(ledger.entries()) == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        ({"size": "100x100"}, "size"),
+        ({"size": "4096x4096"}, "size"),
+        ({"size": "large"}, "size"),
+        ({"size": "512x512", "extra_body": {"width": 512}}, "size"),
+        ({"n": 11}, "n"),
+        ({"background": "transparent"}, "background"),
+        ({"response_format": "url"}, "response_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 50}, "output_compression"),
+        ({"extra_body": {"num_steps": 21}}, "num_steps"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(images: openai.OpenAI, engine: FakeEngine, sent, param) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        images.images.generate(**{"model": SPARK, "prompt": "a red fox"} | sent)
+    assert (caught.value.param, caught.value.code) == (param, "invalid_parameter")
+    assert param in str(caught.value)
+    assert not engine.jobs
+
+
+def test_what_a_model_cannot_do_is_refused_by_name(
+    images: openai.OpenAI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cards.added, SPARK, replace(cards.card(SPARK), schedules=(4, 8)))
+    with pytest.raises(openai.UnprocessableEntityError, match="needs at least 4") as caught:
+        images.images.generate(model=SPARK, prompt="a red fox", quality="low")
+    assert caught.value.param == "num_steps"
+    assert not engine.jobs
+
+
+def test_what_changes_nothing_is_said(images: openai.OpenAI) -> None:
+    found = images.images.with_raw_response.generate(
+        model=SPARK, prompt="a red fox", style="vivid", user="anna", moderation="low", background="auto"
+    )
+    told = found.headers["x-fulgurite-notes"]
+    assert told == "moderation changes nothing here; style changes nothing here; user changes nothing here"
+
+
+def test_errors_are_those_of_the_client(address: str, images: openai.OpenAI, ledger: Ledger) -> None:
+    with pytest.raises(openai.NotFoundError, match="dall-e-3"):
+        images.images.generate(model="dall-e-3", prompt="a red fox")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").images.generate(model=SPARK, prompt="a red fox")
+    _, secret = ledger.keys.create("poor", Limits(models=(SPARK,)))
+    with pytest.raises(openai.PermissionDeniedError, match="may not use"):
+        openai.OpenAI(base_url=f"{address}/v1", api_key=secret).images.generate(model=LIGHTNING, prompt="a red fox")
+
+
+def test_the_models_there_are(images: openai.OpenAI) -> None:
+    names = [model.id for model in images.models.list()]
+    assert names[:2] == [LIGHTNING, SPARK]
+    assert images.models.retrieve(LIGHTNING).id == LIGHTNING
+    with pytest.raises(openai.NotFoundError):
+        images.models.retrieve("dall-e-3")
+
+
+def test_a_client_that_goes_away_stops_all_its_pictures(address: str, engine: FakeEngine, ledger: Ledger) -> None:
+    engine.held = True
+    with pytest.raises(openai.APITimeoutError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=0.5, max_retries=0).images.generate(
+            model=SPARK, prompt="a red fox", n=3
+        )
+    while len(entries := ledger.entries()) < 3:
+        pass
+    assert {entry.outcome for entry in entries} == {"cancelled"}
