@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import LIGHTNING, SPARK, FakeEngine, needs_weights
 from PIL import Image
 from typer.testing import CliRunner
 
-from fulgurite import Pipeline, __version__, cards, pipeline, threads
+from fulgurite import Pipeline, __version__, cards, cli_serve, pipeline, threads
 from fulgurite.cli import app
 from fulgurite.cli_ledger import show_table
 from fulgurite.engine import warm_up
@@ -361,3 +362,19 @@ def test_how_threads_wait_is_left_as_the_user_set_it(name: str, value: str, monk
     before = dict(os.environ)
     threads.share_cores()
     assert dict(os.environ) == before
+
+
+def test_a_signal_to_stop_is_heard_before_anything_slow_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's first process hears none that it has no handler for."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def slow(given: dict[str, object]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError
+
+    monkeypatch.setattr(cli_serve, "run", slow)
+    try:
+        assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fulgurite.errors import CreditSpentError, LedgerError, UnknownKeyError
 from fulgurite.ledger import Ledger, open_ledger
-from fulgurite.ledger.database import log_ahead
+from fulgurite.ledger.database import connect, log_ahead
 from fulgurite.ledger.tables import metadata
 from fulgurite.records import Answer, Entry, Key, Limits, Usage, now
 from fulgurite.settings import read_settings
@@ -253,6 +253,16 @@ def test_no_secret_is_in_the_database(opened: Callable[[], Ledger]) -> None:
         rows = connection.exec_driver_sql("SELECT * FROM keys").all()
     assert secret not in str(rows)
     assert secret[:11] in str(rows)
+
+
+def test_a_ledger_that_a_newer_program_has_used_is_left_alone(database_url: str) -> None:
+    Ledger(database_url).close()
+    engine = connect(database_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    with pytest.raises(LedgerError, match="newer version of this program"):
+        Ledger(database_url)
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(books: Ledger) -> None:

@@ -5,7 +5,7 @@ import logging
 import signal
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,7 +76,16 @@ def serve(
 ) -> None:
     """Serves the hosted API. All settings have variables too, and a file: `fulgurite settings` shows them."""
     given = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in locals().items()}
+    # Before all that takes time, since a container's first process hears no signal that it has no handler for. Uvicorn
+    # finishes what runs, then raises the signal again: both end here, with all closed that was opened.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_at_hang_up()
+    with suppress(KeyboardInterrupt):
+        run(given)
 
+
+def run(given: dict[str, Any]) -> None:
+    """Serves by these flags until a signal comes, which is raised as KeyboardInterrupt."""
     from fulgurite.cards import add
     from fulgurite.engine import warm_up
     from fulgurite.ledger import open_ledger
@@ -89,10 +98,7 @@ def serve(
     lines.setFormatter(JSONLines())
     logging.basicConfig(level=logging.WARNING, handlers=[lines])  # others' news, such as httpx's, may hold secrets
     logging.getLogger("fulgurite").setLevel(logging.INFO)
-    # Uvicorn finishes what runs, then raises the signal again: both end here, with all closed that was opened.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    stop_at_hang_up()
-    with suppress(KeyboardInterrupt), ExitStack() as opened:
+    with ExitStack() as opened:
         ledger = opened.enter_context(closing(open_ledger(settings)))
         admit(settings, ledger)
         engine = engine_for(settings)

@@ -33,6 +33,9 @@ def connect(url: str) -> Engine:
         raise LedgerError(f"The ledger needs {error.name}: in the checkout, pip install -e '.[postgres]'.") from None
     try:
         migrate(engine)
+    except LedgerError:
+        engine.dispose()
+        raise
     except SQLAlchemyError as error:
         engine.dispose()
         why = str(getattr(error, "orig", error)).partition("\n")[0]
@@ -93,13 +96,21 @@ def log_ahead(connection: sqlite3.Connection) -> None:
 
 
 def migrate(engine: Engine) -> None:
-    """Brings the schema to the newest migration; servers that start together take turns."""
+    """Brings the schema to the newest migration; servers that start together take turns.
+
+    Raises LedgerError where it has one already that this program does not know.
+    """
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    head = ScriptDirectory.from_config(config).get_current_head()
+    scripts = ScriptDirectory.from_config(config)
     with engine.execution_options(reading=True).connect() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == head:
-            return
+        current = MigrationContext.configure(connection).get_current_revision()
+    if current == scripts.get_current_head():
+        return
+    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+        raise LedgerError(
+            "A newer version of this program has used the ledger: use that one, or a backup from before the upgrade."
+        )
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
