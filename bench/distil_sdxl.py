@@ -94,7 +94,6 @@ def main() -> None:
         ground = Ground(
             of_model, folder / "unet.safetensors", words, encoders, random_network(VAE, of_model.vae, device),
             LatentSet(size, latents, ["a fox"] * 8), arguments.batch, Run(device), torch.bfloat16, checkpointing=True,
-            no_prompt="zeros",
         )  # fmt: skip
         updates = arguments.steps + 1
         guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)

@@ -16,8 +16,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +69,13 @@ class Report:
         shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
         self.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, measure: Callable[[], None]) -> None:
         """What goes wrong in it is told, and the run goes on; a ``Skip`` says why there is nothing to measure."""
         try:
             if time.monotonic() - self._started > 60 * self._minutes:
                 raise Skip(f"the {self._minutes:g} minutes are over")
-            yield
+            self.say(f"--- {name}")
+            measure()
         except Skip as skip:
             self.row(name, skipped=str(skip))
         except Exception as error:
@@ -369,9 +368,8 @@ def main() -> None:
     else:
         bench = Bench(report, sdxl(1024), "cuda", torch.float16, repeats=7)
     with torch.inference_mode():
-        with report.stage("ceiling"):
-            report.row("ceiling", flops=matrix_ceiling(bench.device, bench.dtype))
         stages = [
+            ("ceiling", lambda: report.row("ceiling", flops=matrix_ceiling(bench.device, bench.dtype))),
             ("the kernels' own check", bench.kernels_are_right),
             ("eager", bench.eager),
             ("pictures, eager", lambda: bench.pictures("eager", graphs=False, batches=[1], all_steps=[1, 4])),
@@ -388,10 +386,8 @@ def main() -> None:
             ("diffusers", bench.diffusers),
             ("compiled by trying out", lambda: bench.compiled("max-autotune-no-cudagraphs")),  # minutes of it: last
         ]
-        for name, stage in stages:
-            with report.stage(name):
-                report.say(f"--- {name}")
-                stage()
+        for name, measure in stages:
+            report.stage(name, measure)
     report.row("peak memory", bytes=peak_memory(bench.device))
     against_targets(report)
 
