@@ -1,9 +1,9 @@
 """The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
 
-Ready for one GPU of 80 GB. Small changes by squared error and then, upon these, against a judge; then the plan's first
-stage as it is, a whole UNet by squared error, and a whole UNet against a judge, which may not fit. A step is one batch:
-the plan's updates gather many. Writes 11 GB into a temporary folder. With --small the
-networks are small, which any machine bears.
+Ready for one GPU of 80 GB. A LoRA by squared error and then, upon it, another against a discriminator; then the plan's
+first stage as it is, a whole UNet by squared error, and a whole UNet against a discriminator, which may not fit. A step
+is one batch: the plan's updates gather many. Writes 11 GB into a temporary folder. With --small the networks are small,
+which any machine bears.
 
     python bench/distil_sdxl.py [--small] [--batch 4] [--steps 5] [--folder /tmp]
 """
@@ -97,9 +97,9 @@ def main() -> None:
         )  # fmt: skip
         updates = arguments.steps + 1
         guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)
-        judged = replace(SDXL[1], name="judged", teacher="guided", upon="guided", updates=updates)
+        against = replace(SDXL[1], name="against", teacher="guided", upon="guided", updates=updates)
         whole = replace(SDXL[3], name="whole", teacher="guided", upon="guided", start=None, updates=updates)
-        for plan in (guided, judged, replace(SDXL[0], updates=updates), whole):
+        for plan in (guided, against, replace(SDXL[0], updates=updates), whole):
             print(json.dumps(measured(plan, ground, folder)), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Distillation's parts: steps as the sampler makes them, objectives, the judge, LoRA files, runs that go on."""
+"""Distillation's parts: steps as the sampler makes them, objectives, the discriminator, LoRA files, runs that go on."""
 
 import json
 from dataclasses import replace
@@ -22,11 +22,11 @@ from fulgurite.pipeline import Row
 from fulgurite.request import Plan, Request
 from fulgurite.sampling import euler_step, starting_noise, trailing_schedule, train_sigmas
 from fulgurite.training import distil as distillation
-from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss, unsteadiness
+from fulgurite.training.discriminator import Discriminator, Noisy, discriminator_loss, student_loss, unsteadiness
 from fulgurite.training.distil import (
+    Adversary,
     Distillation,
     Ground,
-    Judging,
     Step,
     a_last_step,
     a_step,
@@ -132,54 +132,62 @@ def test_noise_is_added_up_to_a_timestep_and_never_taken_away() -> None:
 @pytest.mark.parametrize("conditional", [True, False])
 @pytest.mark.parametrize("resolutions", [None, 1])
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (12, 20)])
-def test_the_judge_gives_each_place_a_logit(size: tuple[int, int], resolutions: int | None, conditional: bool) -> None:
-    judge = Discriminator(UNet(UNET), conditional, resolutions)
-    assert not any(name.startswith("unet.up_blocks") for name, _ in judge.named_parameters())
-    assert any(name.startswith("unet.mid_block") for name, _ in judge.named_parameters()) == (resolutions is None)
+def test_the_discriminator_gives_each_place_a_logit(
+    size: tuple[int, int], resolutions: int | None, conditional: bool
+) -> None:
+    discriminator = Discriminator(UNet(UNET), conditional, resolutions)
+    parts = {name.split(".")[1] for name, _ in discriminator.unet.named_parameters(prefix="unet")}
+    assert "up_blocks" not in parts
+    assert ("mid_block" in parts) == (resolutions is None)
     told, timesteps = conditions(2), torch.tensor([10, 999])
     end, begin, other = (Noisy(torch.randn(2, 4, *size), timesteps) for _ in range(3))
-    logits = judge(end, begin, told.context, told.pooled, told.sizes)
+    logits = discriminator(end, begin, told.context, told.pooled, told.sizes)
     height, width = size
     sizes = [(2, 1, height >> level, width >> level) for level in range(resolutions or len(UNET.block_out_channels))]
     assert [tuple(places.shape) for places in logits] == sizes
-    elsewhere = judge(end, other, told.context, told.pooled, told.sizes)
+    elsewhere = discriminator(end, other, told.context, told.pooled, told.sizes)
     for here, there in zip(logits, elsewhere, strict=True):
         assert torch.equal(here, there) != conditional  # the relaxed one does not know where the step began
 
 
 def test_each_sides_loss_reaches_its_own_weights() -> None:
-    judge, step = Discriminator(roughened(UNet(UNET)), True), a_random_step()
+    discriminator, step = Discriminator(roughened(UNet(UNET)), True), a_random_step()
     clean = torch.randn(3, 4, 8, 8, requires_grad=True)
-    losses = adversarial(judge, clean, step, train_sigmas(), (10, 500))
+    losses = adversarial(discriminator, clean, step, train_sigmas(), (10, 500))
     losses["adversarial"].backward()
     assert clean.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in judge.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
     before, clean.grad = clean.grad, None
-    (losses["judge"] + losses["unsteady"]).backward()
+    (losses["discriminator"] + losses["unsteady"]).backward()
     assert clean.grad is None
     assert before.shape == (3, 4, 8, 8)
-    assert all(head.layers[0].weight.grad.abs().sum() > 0 for head in judge.heads)
-    assert judge.unet.conv_in.weight.grad.abs().sum() > 0
-    alone = adversarial(judge, clean.detach(), step, train_sigmas(), (10,))
-    assert set(alone) == {"judge", "unsteady"}  # its turn alone
+    assert all(head.layers[0].weight.grad.abs().sum() > 0 for head in discriminator.heads)
+    assert discriminator.unet.conv_in.weight.grad.abs().sum() > 0
+    alone = adversarial(discriminator, clean.detach(), step, train_sigmas(), (10,))
+    assert set(alone) == {"discriminator", "unsteady"}  # its turn alone
 
 
-def test_a_judge_is_best_off_telling_them_apart() -> None:
+def test_a_discriminator_is_best_off_telling_them_apart() -> None:
     sure, unsure = ([torch.full((4, 1, size, size), logit) for size in (4, 2)] for logit in (9.0, 0.0))
     wrong = [-places for places in sure]
-    assert judge_loss(sure, wrong) < 0.001 < judge_loss(unsure, unsure) < judge_loss(wrong, sure)
+    assert (
+        discriminator_loss(sure, wrong) < 0.001 < discriminator_loss(unsure, unsure) < discriminator_loss(wrong, sure)
+    )
     assert student_loss(sure) < 0.001 < student_loss(unsure) < student_loss(wrong)
     assert unsteadiness(sure, sure) == 0
     assert unsteadiness(sure, unsure) == 81
 
 
-def test_a_judge_learns_to_tell_a_student_that_stays_as_it_is() -> None:
+def test_a_discriminator_learns_to_tell_a_student_that_stays_as_it_is() -> None:
     torch.manual_seed(0)
-    judge, step = Discriminator(roughened(UNet(UNET)), False), a_random_step()
-    clean, optimizer = torch.full((3, 4, 8, 8), 5.0, requires_grad=True), torch.optim.Adam(judge.parameters(), 1e-3)
+    discriminator, step = Discriminator(roughened(UNet(UNET)), False), a_random_step()
+    clean, optimizer = (
+        torch.full((3, 4, 8, 8), 5.0, requires_grad=True),
+        torch.optim.Adam(discriminator.parameters(), 1e-3),
+    )
     losses = []
     for _ in range(60):
-        loss = adversarial(judge, clean, step, train_sigmas(), (10, 500))["judge"]
+        loss = adversarial(discriminator, clean, step, train_sigmas(), (10, 500))["discriminator"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -228,10 +236,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_student(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_a_judge_learns_alone_at_first_and_in_its_turns(ground: Ground, tmp_path: Path) -> None:
-    judging = Judging(at=(10,), resolutions=1, peak=1e-3, ahead=50, turns=2)
+def test_a_discriminator_learns_alone_at_first_and_in_its_turns(ground: Ground, tmp_path: Path) -> None:
+    adversary = Adversary(at=(10,), resolutions=1, peak=1e-3, ahead=50, turns=2)
     plan = replace(
-        SQUARED, name="1", teacher_steps=1, steps=1, objective="data", updates=50, judging=judging, adam=Adam(0.5)
+        SQUARED, name="1", teacher_steps=1, steps=1, objective="data", updates=50, adversary=adversary, adam=Adam(0.5)
     )
     changes = []
     for updates in (50, 51, 52):
@@ -240,7 +248,7 @@ def test_a_judge_learns_alone_at_first_and_in_its_turns(ground: Ground, tmp_path
         state = torch.load(checkpoint)["networks"]
         changes.append(torch.cat([t.flatten() for name, t in state.items() if name.endswith("lora_up.weight")]))
     (log,) = (json.loads(line) for line in checkpoint.with_name("log.jsonl").read_text().splitlines())
-    assert log["judge"] < 1  # 1.386 says nothing
+    assert log["discriminator"] < 1  # 1.386 says nothing
     assert "adversarial" not in log
     assert not changes[0].any()
     assert changes[1].any()
@@ -278,7 +286,7 @@ def test_the_last_step_is_that_of_a_picture_and_data_its_example(ground: Ground,
 
 
 @pytest.mark.parametrize("objective", ["conditional", "relaxed", "data"])
-def test_a_student_of_a_student_learns_against_a_judge(ground: Ground, tmp_path: Path, objective: str) -> None:
+def test_a_student_of_a_student_learns_against_a_discriminator(ground: Ground, tmp_path: Path, objective: str) -> None:
     distil(SQUARED, ground, tmp_path, tmp_path / "work")
     plan = Distillation("2", "4", 4, 2, objective, "4", updates=2, peak=1e-2, rank=2)
     before, after = (

@@ -1,9 +1,9 @@
 """The discriminator of adversarial distillation: tells the student's latents from the teacher's, or from data.
 
-As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the way down and the middle: it judges
-latents, at any noise, by the prompt, and knows pictures from the start. A small head on the features of each resolution
-judges every place (as in latent adversarial diffusion distillation, arXiv 2403.12015); the paper has one, on the
-middle's, and the small model's middle says next to nothing of whose a latent is.
+As in SDXL-Lightning (Lin et al., arXiv 2402.13929) it is the teacher's own UNet, the encoder half and the middle: it
+takes latents of any noise, and the prompt, and knows pictures from the start. A small head on the features of each
+resolution gives every place a logit (as in latent adversarial diffusion distillation, arXiv 2403.12015); the paper has
+one, on the middle's, and the small model's middle says next to nothing of whose a latent is.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class AsItIs(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Judges where a step ended, knowing where it began (``conditional``) or not.
+    """Looks at where a step ended, knowing where it began (``conditional``) or not.
 
     Knowing it, it holds the student to the teacher's path. The relaxed form lets the student leave the path, which it
     cannot always follow in few steps, for any place that the teacher might have reached (arXiv 2402.13929, section 3).
@@ -84,7 +84,7 @@ class Discriminator(nn.Module):
         return list({found.shape[2:]: found for found in (*skips, middle)}.values())[: len(self.heads)]
 
 
-def judge_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """What the discriminator lessens, for its logits of what is real and of the student's latents."""
     return mean_of([F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake, strict=True)])
 
@@ -97,8 +97,8 @@ def student_loss(fake: Sequence[Tensor]) -> Tensor:
 def unsteadiness(here: Sequence[Tensor], near: Sequence[Tensor]) -> Tensor:
     """How much its logits of what is real change with a little noise, squared.
 
-    Lessened too, it keeps a judge from telling the two apart by what a student cannot follow: the gradient penalty R1
-    without a second derivative (adversarial post-training, Lin et al., arXiv 2501.08316).
+    Lessened too, it keeps the discriminator from telling the two apart by what a student cannot follow: the gradient
+    penalty R1 without a second derivative (adversarial post-training, Lin et al., arXiv 2501.08316).
     """
     return mean_of([(a - b).square().mean() for a, b in zip(here, near, strict=True)])
 

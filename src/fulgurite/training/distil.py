@@ -27,7 +27,7 @@ from fulgurite.models import VAE, Tokenizer, UNet
 from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
 from fulgurite.sampling import Schedule, euler_step, per_row, scale_input, trailing_schedule, train_sigmas
-from fulgurite.training.discriminator import Discriminator, Noisy, judge_loss, student_loss, unsteadiness
+from fulgurite.training.discriminator import Discriminator, Noisy, discriminator_loss, student_loss, unsteadiness
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, said
 from fulgurite.training.loop import ADAM, HERE, Adam, Part, Run, Stage, save_network
@@ -36,7 +36,7 @@ from fulgurite.training.scenes import no_caption
 from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
 from fulgurite.weights.load import load_unet
 
-NEAR = 0.1  # noise, of what is real, within which a judge is to say the same
+NEAR = 0.1  # noise on what is real, within which the discriminator is to say the same
 STEADY = 10.0  # weight of that it does
 SAVE_EVERY = 100  # updates
 SHEET_EVERY = 200  # updates
@@ -45,15 +45,15 @@ FEW = 64  # latents that stand for all
 
 
 @dataclass(frozen=True)
-class Judging:
-    """How a student is judged, where it learns against a judge."""
+class Adversary:
+    """The discriminator that a student learns against: what it looks at, how it learns."""
 
     at: tuple[int, ...] = (0,)  # timesteps to whose noise latents are brought before that, one at random
-    resolutions: int | None = None  # that the judge looks at, from the finest; None: all of the UNet's
-    peak: float | None = None  # learning rate of the judge's UNet, where it is not the student's
+    resolutions: int | None = None  # that it looks at, from the finest; None: all of the UNet's
+    peak: float | None = None  # learning rate of its UNet, where that is not the student's
     heads: float | None = None  # of its heads, where that is not its UNet's
-    ahead: int = 0  # updates in which the judge learns alone, before the student's first
-    turns: int = 1  # updates of the judge for each of the student's
+    ahead: int = 0  # updates in which it learns alone, before the student's first
+    turns: int = 1  # updates of its own for each of the student's
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Distillation:
     guidance: float | None = None  # the undistilled teacher's strength, where that is not its card's
     prediction: str | None = None  # what the student predicts, where that is not what the undistilled model does
     begins: int | None = None  # so many timesteps, evenly apart, at which it learns to begin; None: those of its steps
-    judging: Judging = Judging()
+    adversary: Adversary = Adversary()
     adam: Adam = ADAM
     edges: bool = True  # small changes are those of the first and last convolutions and of the embeddings, too
     share: float = 1.0  # of the way from its start's weights to what it learned, where it ends (arXiv 2109.01903)
@@ -122,11 +122,11 @@ def renoised(x: Tensor, step: Step, at: Tensor, noise: Tensor, sigmas: Tensor) -
 
 
 def adversarial(
-    judge: Discriminator, clean: Tensor, step: Step, sigmas: Tensor, timesteps: Sequence[int]
+    discriminator: Discriminator, clean: Tensor, step: Step, sigmas: Tensor, timesteps: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Both sides' losses on a student's clean latents, judged at the noise of one of the timesteps.
+    """Both sides' losses on a student's clean latents, looked at with the noise of one of the timesteps.
 
-    Each reaches its own side's weights alone. Where no gradient is wanted of the latents, the judge's alone.
+    Each reaches its own side's weights alone. Where no gradient is wanted of the latents, the discriminator's alone.
     """
     shown = clean.detach().requires_grad_()
     mine = euler_step(step.x, shown, step.sigma, step.following)
@@ -136,20 +136,20 @@ def adversarial(
     begin = Noisy(scale_input(step.x, step.sigma), step.timesteps)
     told = step.told
 
-    def judged(x: Tensor, off: Tensor | float = 0.0) -> list[Tensor]:
+    def logits(x: Tensor, off: Tensor | float = 0.0) -> list[Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16):
             end = renoised(x, step, at, noise, sigmas)
             end = Noisy(end.x + off, end.timesteps)
-            return judge(end, begin, told.context, told.pooled, told.sizes)
+            return discriminator(end, begin, told.context, told.pooled, told.sizes)
 
     losses = {}
     if clean.requires_grad:
-        fooled = student_loss(judged(mine))
+        fooled = student_loss(logits(mine))
         (slope,) = torch.autograd.grad(fooled, shown)
         losses["adversarial"] = fooled.detach() + ((clean - shown.detach()) * slope).sum()
-    real = judged(step.reached)
-    losses["judge"] = judge_loss(real, judged(mine.detach()))
-    losses["unsteady"] = STEADY * unsteadiness(real, judged(step.reached, NEAR * torch.randn_like(mine)))
+    real = logits(step.reached)
+    losses["discriminator"] = discriminator_loss(real, logits(mine.detach()))
+    losses["unsteady"] = STEADY * unsteadiness(real, logits(step.reached, NEAR * torch.randn_like(mine)))
     return losses
 
 
@@ -269,23 +269,24 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     torch.manual_seed(0)
     gc.collect()  # of the stage before: its networks hold themselves, and a GPU has no room for both
     torch.cuda.empty_cache()
-    device, folder, judging = ground.run.device, folder / f"{plan.name}-{made_of(plan, ground, students)}", plan.judging
-    unet, networks, judge = learning(plan, ground, students)
+    device, adversary = ground.run.device, plan.adversary
+    folder = folder / f"{plan.name}-{made_of(plan, ground, students)}"
+    unet, networks, discriminator = learning(plan, ground, students)
     if plan.objective == "data":
         next_step = partial(a_last_step, unet)
     else:
         next_step = partial(a_step, network(ground, students, plan.upon, plan.teacher))
     beginning = deepcopy(networks["student"]) if plan.share < 1 else None
-    parts = {"student": Part(plan.peak, judging.ahead)}
-    if judge:
-        peak = judging.peak or plan.peak
-        parts |= {"judge.unet": Part(peak), "judge.heads": Part(judging.heads or peak)}
+    parts = {"student": Part(plan.peak, adversary.ahead)}
+    if discriminator:
+        peak = adversary.peak or plan.peak
+        parts |= {"discriminator.unet": Part(peak), "discriminator.heads": Part(adversary.heads or peak)}
     stage = Stage(
         folder,
         networks,
         parts,
         plan.updates,
-        decay=0.99 ** (1 / judging.turns),
+        decay=0.99 ** (1 / adversary.turns),
         save_every=SAVE_EVERY,
         adam=plan.adam,
         run=ground.run,
@@ -298,11 +299,11 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = next_step(ground, sayer, plan, schedule, stage.number)
-        learns = judge is None or (stage.step >= judging.ahead and stage.step % judging.turns == 0)
+        learns = discriminator is None or (stage.step >= adversary.ahead and stage.step % adversary.turns == 0)
         with torch.set_grad_enabled(learns):
             clean = denoised(unet, step.x, step.sigma, step.timesteps, step.told, predicted)
-        if judge:
-            stage.update(adversarial(judge, clean, step, sigmas, judging.at))
+        if discriminator:
+            stage.update(adversarial(discriminator, clean, step, sigmas, adversary.at))
         else:
             stage.update({"squared": squared(clean, step)})
         if stage.due(SHEET_EVERY):
@@ -327,7 +328,7 @@ def made_of(plan: Distillation, ground: Ground, students: Path) -> str:
 
 
 def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict, Discriminator | None]:
-    """The student's UNet, all that learns, by name, and the judge of it, where the student has one."""
+    """The student's UNet, all that learns, by name, and the discriminator, where the student learns against one."""
     if plan.rank is None:
         unet = network(ground, students, plan.upon, plan.start, dtype=torch.float32)
         networks = nn.ModuleDict({"student": unet.requires_grad_(True)})
@@ -338,14 +339,14 @@ def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, 
             lora.load(finished_student(students, plan.start)[0])
         lora.attach(unet)
         networks = nn.ModuleDict({"student": lora})
-    judge = None
+    discriminator = None
     if plan.objective != "squared":
-        judges = network(ground, students, dtype=torch.float32).requires_grad_(True)
-        judge = Discriminator(judges, plan.objective == "conditional", plan.judging.resolutions)
-        networks["judge"] = judge.to(ground.run.device)
+        eyes = network(ground, students, dtype=torch.float32).requires_grad_(True)
+        discriminator = Discriminator(eyes, plan.objective == "conditional", plan.adversary.resolutions)
+        networks["discriminator"] = discriminator.to(ground.run.device)
     if ground.checkpointing:
         checkpoint_blocks(nn.ModuleList([unet, networks]))
-    return unet, networks, judge
+    return unet, networks, discriminator
 
 
 def checkpoint_blocks(network: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from fulgurite.training.distil import Distillation, Judging
+from fulgurite.training.distil import Adversary, Distillation
 from fulgurite.training.loop import Adam
 
 RANK = 64  # of the published LoRA files
@@ -10,19 +10,19 @@ RANK = 64  # of the published LoRA files
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast students learn: rates of the first stage, of small changes against both judges, of whole UNets.
+    """How fast students learn: rates of the first stage, of LoRAs against both discriminators, of whole UNets.
 
-    ``judge`` and ``heads``: the judges' own rates, where they are not the student's.
+    ``discriminator`` and ``heads``: the discriminators' own rates, where they are not the student's.
     """
 
     squared: float
     conditional: float
     relaxed: float
     whole: float
-    judge: float | None
+    discriminator: float | None
     heads: float | None
     alone: Adam  # by squared error
-    against: Adam  # a judge
+    against: Adam  # a discriminator
     edges: bool  # whether small changes are those of the first and last convolutions and of the embeddings, too
 
 
@@ -33,8 +33,8 @@ SDXL_PACE = Pace(
 # Of the small model: a hundredth of the updates, of smaller batches.
 SMALL_PACE = Pace(1e-4, 3e-4, 2e-4, 2e-5, 3e-5, 1e-3, Adam(), Adam(0.5), edges=True)
 
-# Where steps are short, ends are judged as they are; of one or two steps with noise added, so that structure counts as
-# much as detail does; at last, detail more (the paper's section 3.7.2).
+# Where steps are short, ends are looked at as they are; of one or two steps with noise added, so that structure counts
+# as much as detail does; at last, detail more (the paper's section 3.7.2).
 AS_THEY_ARE, NOISED, MOSTLY_FINE = (0,), (10, 250, 500, 750), 5 * (10,) + (250, 500, 750)
 FOUR = 4  # timesteps at which students of one and two steps learn to begin: 250, 500, 750, 1000 (its section 3.7.1)
 UPDATES = 6_000, 3_000, 3_000  # of an adversarial student's three parts
@@ -49,17 +49,17 @@ def adversarial(
 ) -> tuple[Distillation, ...]:
     """A student of a whole UNet, as the paper's each stage has it, of teachers that are named by their steps.
 
-    First small changes upon the teacher, or upon who is ``beneath``, against a judge that sees where steps begin, then
-    against one that does not; then these are merged, and the whole UNet learns on against the second kind. What that
-    one judges is free of the teacher's path, so examples may be ``farther``'s, the teacher's teacher, who draws better
-    (the paper's section 3.4).
+    First a LoRA on the teacher, or on what is ``beneath``, against a discriminator that sees where steps begin, then
+    against one that does not; then the LoRA is merged, and the whole UNet learns on against the second kind. That one
+    asks for no path, so its examples may be ``farther``'s, the teacher's teacher, who draws better (the paper's section
+    3.4).
     """
     few = steps <= 2
-    judging = Judging(at=NOISED if few else AS_THEY_ARE, peak=pace.judge, heads=pace.heads)
+    adversary = Adversary(at=NOISED if few else AS_THEY_ARE, peak=pace.discriminator, heads=pace.heads)
     knowing = Distillation(
         f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, UPDATES[0], pace.conditional, RANK,
         beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None,
-        begins=FOUR if few else None, judging=judging, adam=pace.against, edges=pace.edges,
+        begins=FOUR if few else None, adversary=adversary, adam=pace.against, edges=pace.edges,
     )  # fmt: skip
     relaxed = replace(
         knowing,
@@ -73,7 +73,7 @@ def adversarial(
     )
     whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=UPDATES[2], peak=pace.whole, rank=None)
     if few:
-        whole = replace(whole, judging=replace(judging, at=MOSTLY_FINE))
+        whole = replace(whole, adversary=replace(adversary, at=MOSTLY_FINE))
     return knowing, relaxed, whole
 
 
@@ -115,17 +115,17 @@ SDXL = paper(
     ),
 )
 
-# A judge that is ahead of the student: of one step's latents the finest features at next to no noise tell the most.
-KEEN = Judging(at=(10,), resolutions=2, peak=3e-4, heads=1e-3, ahead=450, turns=3)
+# A discriminator that is ahead of the student: of one step's latents the finest features at next to no noise tell most.
+KEEN = Adversary(at=(10,), resolutions=2, peak=3e-4, heads=1e-3, ahead=450, turns=3)
 
 # What two CPU cores bear. The undistilled small model is as good in 4 steps as in 32, so all that a student of 8, 4 or
-# 2 steps takes from it is guidance, and one file serves for them. Of the strength it takes the one that the judge of
-# finished models likes best. That of one step, blurred by squared error alone, learns from data besides, and ends half
+# 2 steps takes from it is guidance, and one file serves for them. Of the strength it takes the one that the evaluator
+# likes best. That of one step, blurred by squared error alone, learns from data besides, and ends half
 # way: all the way surfaces are blotched.
 QUICK = (
     Distillation("guided", None, 8, 8, "squared", None, 4800, 2e-3, 12, guidance=2.0),
     Distillation("1-squared", "guided", 4, 1, "squared", None, 200, 1e-3, 2, upon="guided"),
     Distillation(
-        "1", None, 1, 1, "data", "1-squared", 2100, 3e-4, 2, upon="guided", judging=KEEN, adam=Adam(0.5), share=0.5
+        "1", None, 1, 1, "data", "1-squared", 2100, 3e-4, 2, upon="guided", adversary=KEEN, adam=Adam(0.5), share=0.5
     ),
 )
