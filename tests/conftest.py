@@ -66,6 +66,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def wait_until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def drawn(model: str, request: Request, notes: tuple[str, ...] = ()) -> Picture:
     """A picture without a network."""
     image = Image.new("RGB", (request.width, request.height), "orange")
@@ -73,9 +80,13 @@ def drawn(model: str, request: Request, notes: tuple[str, ...] = ()) -> Picture:
 
 
 class FakeEngine:
-    """Answers at once with a plain picture, or with what ``answer`` gives or raises; held, not at all."""
+    """Answers at once with a plain picture, or with what ``answer`` gives or raises; held, not at all.
+
+    Pictures of the seeds in ``waits`` come once their events are set.
+    """
 
     def __init__(self) -> None:
+        self.waits: dict[int, threading.Event] = {}
         self.answer: Callable[[str, Request], Picture] = drawn
         self.jobs: list[tuple[str, Request]] = []
         self.futures: list[Future[Picture]] = []
@@ -86,13 +97,22 @@ class FakeEngine:
             on_step(step + 1, request.num_steps, lambda: Image.new("RGB", (16, 16), "orange"))
         self.jobs.append((model, request))
         job: Future[Picture] = Future()
-        if not self.held:
-            try:
-                job.set_result(self.answer(model, request))
-            except Exception as error:
-                job.set_exception(error)
         self.futures.append(job)
+        if request.seed in self.waits:
+            threading.Thread(target=self._end, args=(job, model, request), daemon=True).start()
+        elif not self.held:
+            self._end(job, model, request)
         return job
+
+    def _end(self, job: Future[Picture], model: str, request: Request) -> None:
+        if request.seed in self.waits:
+            self.waits[request.seed].wait()
+        if not job.set_running_or_notify_cancel():
+            return
+        try:
+            job.set_result(self.answer(model, request))
+        except Exception as error:
+            job.set_exception(error)
 
     def cancel(self, job: Future[Picture]) -> None:
         job.cancel()

@@ -33,7 +33,6 @@ from fulgurite.training.distil import (
     adversarial,
     begun,
     distil,
-    grid,
     landing,
     network,
     renoised,
@@ -424,7 +423,7 @@ def test_students_of_few_steps_learn_at_four_timesteps(ground: Ground, steps: in
     """From each they go as far as a step of theirs is long, or to the clean latent, and so does their teacher."""
     sayer, unet = Sayer(ground.tokenizers, ground.encoders, "cpu"), load_unet(ground.unet, CARD, "cpu", torch.float32)
     plan = replace(SQUARED, teacher="4", teacher_steps=teacher_steps, steps=steps, begins=4)
-    step = a_step(unet, replace(ground, batch=16), sayer, plan, grid(plan), 0)
+    step = a_step(unet, replace(ground, batch=16), sayer, plan, trailing_schedule(plan.places), 0)
     begins, length = step.timesteps + 1, 1000 // steps
     assert set(begins.tolist()) == {250, 500, 750, 1000}
     ends = (begins - length).clamp_min(0)
@@ -432,7 +431,7 @@ def test_students_of_few_steps_learn_at_four_timesteps(ground: Ground, steps: in
     sigmas = torch.cat([torch.zeros(1), train_sigmas()])
     torch.testing.assert_close(step.following, sigmas[ends])
     for row in range(16):
-        x, at, told = step.x[row, None], int(begins[row]), step.told.rows(row, row + 1)
+        x, at, told = step.x[row, None], int(begins[row]), step.told.picked(slice(row, row + 1))
         while at > ends[row]:
             to = max(0, at - 1000 // teacher_steps)
             sigma, next_sigma = sigmas[at, None], sigmas[to, None]
@@ -440,6 +439,12 @@ def test_students_of_few_steps_learn_at_four_timesteps(ground: Ground, steps: in
                 clean = denoised(unet, x, sigma, torch.tensor([at - 1]), told, CARD.prediction)
             x, at = euler_step(x, clean, sigma, next_sigma), to
         torch.testing.assert_close(step.reached[row, None], x, atol=0.05, rtol=0.05)
+
+
+def test_a_plan_whose_steps_do_not_meet_is_refused() -> None:
+    for wrong in ({"teacher_steps": 2, "steps": 1, "begins": 3}, {"teacher_steps": 8, "steps": 3}):
+        with pytest.raises(ValueError, match=r"^4: \d steps of \d, .* no timesteps in common$"):
+            replace(SQUARED, **wrong)
 
 
 def test_a_run_whose_time_is_up_keeps_what_it_did(ground: Ground, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import busy_server
 import httpx
 import pytest
-from conftest import HEADERS, KEY, SPARK, FakeEngine, body, drawn
+from conftest import HEADERS, KEY, SPARK, FakeEngine, body, drawn, wait_until
 from fastapi import FastAPI
 from PIL import Image
 
@@ -247,13 +247,6 @@ def read_all(connection: socket.socket) -> None:
 def test_an_address_that_cannot_be_had(engine: FakeEngine, ledger: Ledger, host: str, said: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(FulguriteError, match=said):
         server_for(create_app(engine, ledger, read_settings()), host, other.getsockname()[1], 1)
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def running(port: int) -> int:

@@ -2,19 +2,28 @@
 
 import base64
 import io
+import re
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import httpx
 import openai
 import pytest
-from conftest import KEY, LIGHTNING, SPARK, FakeEngine, drawn
+from conftest import HEADERS, KEY, LIGHTNING, SPARK, FakeEngine, drawn, wait_until
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from fulgurite import Picture, Request, cards
 from fulgurite.errors import BusyError
 from fulgurite.ledger import Ledger
+from fulgurite.parameters import LEAST_SIDE, MOST_SIDE
 from fulgurite.records import Limits
+from fulgurite.server import create_app, server_for
+from fulgurite.server.openai_images import SIZE
+from fulgurite.settings import read_settings
 
 
 @pytest.fixture
@@ -69,7 +78,7 @@ def test_what_was_not_made_of_several_is_not_billed_and_told(client: TestClient,
     found = client.post("/v1/images/generations", json=asked)
     assert found.status_code == 200
     assert [picture["made"]["seed"] for picture in found.json()["data"]] == ["7", "9"]
-    assert found.headers["x-fulgurite-notes"] == "All 64 places in the queue are taken."
+    assert found.headers["x-fulgurite-notes"] == "1 of 3 not made: All 64 places in the queue are taken."
     assert sorted((entry.outcome, entry.price) for entry in ledger.entries()) == [
         ("done", 1100), ("done", 1100), ("refused", 0),
     ]  # fmt: skip
@@ -84,6 +93,61 @@ def test_a_retry_gets_the_same_pictures_and_is_billed_once(client: TestClient, l
     assert [picture["b64_json"] for picture in first["data"]] == [picture["b64_json"] for picture in second["data"]]
     assert [picture["made"]["seed"] for picture in first["data"]] == [p["made"]["seed"] for p in second["data"]]
     assert len(ledger.entries()) == 2
+    for other in ({"n": 1}, {"n": 3}, {"seed": 5}):
+        refused = client.post("/v1/images/generations", json=asked | other, headers=once)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert len(ledger.entries()) == 2
+
+
+def test_a_key_of_a_picture_that_is_being_made_is_refused_before_any_is(
+    client: TestClient, engine: FakeEngine, ledger: Ledger
+):
+    """The first was refused, the second is being made; then the same key comes with another prompt."""
+    held = threading.Event()
+
+    def answer(model: str, request: Request) -> Picture:
+        if request.seed == 7:
+            raise BusyError("No place.", 3)
+        return drawn(model, request)
+
+    engine.answer, engine.waits = answer, {8: held}
+    asked, once = {"model": LIGHTNING, "prompt": "a red fox", "n": 2, "seed": 7}, {"Idempotency-Key": "once"}
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(client.post, "/v1/images/generations", json=asked, headers=once)
+        wait_until(lambda: len(engine.jobs) == 2)
+        engine.answer = drawn
+        second = client.post("/v1/images/generations", json=asked | {"prompt": "a cat"}, headers=once)
+        assert second.json()["error"]["code"] == "idempotency_key_reused"
+        held.set()
+        assert len(first.result().json()["data"]) == 1
+    assert Counter(entry.outcome for entry in ledger.entries()) == {"refused": 1, "done": 1}
+
+
+def test_a_key_that_may_have_fewer_at_once_is_told_before_any_is_made(client: TestClient, ledger: Ledger) -> None:
+    _, secret = ledger.keys.create("few", Limits(pictures_in_flight=2))
+    few = {"Authorization": f"Bearer {secret}"}
+    asked = {"model": SPARK, "prompt": "a red fox", "n": 3}
+    refused = client.post("/v1/images/generations", json=asked, headers=few)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "n")
+    assert not ledger.entries()
+    assert client.post("/v1/images/generations", json=asked | {"n": 2}, headers=few).status_code == 200
+
+
+def test_what_is_made_when_the_server_stops_is_delivered(engine: FakeEngine, ledger: Ledger) -> None:
+    engine.waits = {9: threading.Event()}
+    server, listener = server_for(create_app(engine, ledger, read_settings(shutdown_seconds=1)), "127.0.0.1", 0, 1)
+    asked = {"model": LIGHTNING, "prompt": "a red fox", "n": 3, "seed": 7}
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/images/generations"
+    with ThreadPoolExecutor() as threads:
+        serving = threads.submit(server.run, [listener])
+        found = threads.submit(httpx.post, url, json=asked, headers=HEADERS, timeout=30)
+        wait_until(lambda: len(ledger.entries()) == 2)
+        server.should_exit = True
+        serving.result()
+    assert found.result().status_code == 200
+    assert [picture["made"]["seed"] for picture in found.result().json()["data"]] == ["7", "8"]
+    assert found.result().headers["x-fulgurite-notes"] == "1 of 3 not made: The server is shutting down."
+    assert Counter(entry.outcome for entry in ledger.entries()) == {"done": 2, "cancelled": 1}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +216,10 @@ def test_a_client_that_goes_away_stops_all_its_pictures(address: str, engine: Fa
         openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, timeout=0.5, max_retries=0).images.generate(
             model=SPARK, prompt="a red fox", n=3
         )
-    while len(entries := ledger.entries()) < 3:
-        pass
-    assert {entry.outcome for entry in entries} == {"cancelled"}
+    wait_until(lambda: len(ledger.entries()) == 3)
+    assert {entry.outcome for entry in ledger.entries()} == {"cancelled"}
+
+
+def test_a_size_is_what_the_hosted_api_lets_a_side_be() -> None:
+    fits = [side for side in range(10_000) if re.fullmatch(SIZE, f"{side}x{side}")]
+    assert fits == list(range(LEAST_SIDE, MOST_SIDE + 1))

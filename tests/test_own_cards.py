@@ -141,11 +141,13 @@ def test_what_a_card_cannot_say_is_named(tmp_path: Path, line: str, instead: str
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"), [("my fox", "my-fox"), (".füchse 2", "f-chse-2"), ("...", "model"), ("a.b_c-d", "a.b_c-d")]
+    ("name", "wanted"),
+    [("my fox", "my-fox"), (".füchse 2", "f-chse-2"), ("...", "model"), ("a.b_c-d", "a.b_c-d"), ("🦊\x7f", "model")],
 )
 def test_a_trained_model_s_id_is_one_whatever_its_folder_is_called(tmp_path: Path, name: str, wanted: str) -> None:
     write_card("spark.toml", tmp_path / f"{name}.toml", tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
-    assert cards.parse((tmp_path / f"{name}.toml").read_text("utf-8")).id == f"local/{wanted}"
+    written = cards.parse((tmp_path / f"{name}.toml").read_text("utf-8"))
+    assert (written.id, written.name, written.weights.path) == (f"local/{wanted}", name, name)
 
 
 @pytest.mark.parametrize("name", ["", "my fox", "fox?", "fox#1", "/fox", "fox/", "local//fox", "local/..", "füchse"])

@@ -57,7 +57,7 @@ def test_a_picture(client: TestClient, engine: FakeEngine) -> None:
     assert response.headers["x-fulgurite-decoder"] == "full"
     assert response.headers["x-fulgurite-seed"] == "7"
     assert response.headers["x-fulgurite-seconds"] == "0.100"
-    assert response.headers["x-fulgurite-notes"] == "ran 8 steps; drawn at 256?256 and resampled"
+    assert response.headers["x-fulgurite-notes"] == "ran 8 steps; drawn at 256\\xd7256 and resampled"
     assert "x-fulgurite-demo" not in response.headers
     assert engine.jobs == [(SPARK, Request("a red fox", "blurry", 256, 256, 4, 3.0, 7))]
     with Image.open(io.BytesIO(response.content)) as picture:

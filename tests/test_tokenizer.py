@@ -155,6 +155,7 @@ def test_words_that_were_never_learned_are_found_and_named(tmp_path):
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.unknown("A red Fox in a CAFE\u0301, 42 x.") == []
     assert tokenizer.unknown("a fox's hats, HATS and wolves") == ["hats", "and", "wolves"]
+    assert tokenizer.unknown("हिन्दी 狐 🦊!") == ["हिन्दी", "狐", "🦊"]
 
     spark = card("fulgurite/spark")
     unheard = " ".join(f"word{letter * 50}" for letter in "abcdefghijkl")

@@ -284,7 +284,7 @@ def test_a_fingerprint_is_of_what_is_in_files_and_networks_not_of_where_they_are
 def test_latents_of_other_things_or_of_another_encoder_are_made_anew(
     sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fulgurite.training.latents.ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr("fulgurite.training.latents.workers", lambda count: ThreadPoolExecutor(1))
     monkeypatch.setattr("fulgurite.training.latents.encode_scenes", lambda *_: np.zeros((2, 4, 8, 8)))
     np.save(tmp_path / "sprites.npy", sprites.pixels)
     (tmp_path / "things.json").write_text(json.dumps([asdict(thing) for thing in sprites.things]))

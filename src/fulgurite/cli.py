@@ -137,11 +137,10 @@ def output_files(output: Path, count: int) -> list[Path]:
 def try_to_write(file: Path) -> None:
     """Opens the file as if to write it, and leaves it as it was: whether that works, nothing else tells for sure."""
     try:
-        try:
-            file.open("xb").close()
-            file.unlink()
-        except FileExistsError:
-            file.open("ab").close()
+        is_there = file.exists()
+        file.open("ab").close()
+        if not is_there:
+            file.resolve().unlink()  # of a link to nothing, what it links to
     except OSError as error:
         raise FulguriteError(f"--output: cannot write {file}: {error.strerror}.") from None
 

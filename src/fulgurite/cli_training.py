@@ -1,9 +1,11 @@
-"""`fulgurite train`: the small model from nothing, its students of few steps, and what they are worth."""
+"""`fulgurite train`: the small model from nothing, its students of few steps, and their scores."""
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import resources
 from importlib.util import find_spec
 from math import inf
@@ -20,44 +22,74 @@ if TYPE_CHECKING:
 
 train = typer.Typer(no_args_is_help=True, help="Trains, distils and evaluates the small model.")
 EMBEDDED = Path(str(resources.files("fulgurite") / "embedded"))
+# How long processes wait for one another: the first alone makes the scenes and writes checkpoints, and shares of
+# pictures are not done at the same time. By torch's own measure, on GPUs 10 minutes, a run would end there.
+PATIENCE = timedelta(days=1)
 
 Work = Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")]
 Named = Annotated[str, typer.Option("--preset", help="How much of everything: cpu or gpu.")]
-Minutes = Annotated[float, typer.Option(min=0.1, help="Stops after so many; the same command goes on there.")]
+Minutes = Annotated[float, typer.Option(min=0.1, help="Stops after so many; the same command resumes.")]
 Prompts = Annotated[int, typer.Option(min=100, help="How many held-out captions are drawn.")]
 Model = Annotated[Path, typer.Option(help="The undistilled model's folder; else the one inside the package.")]
 
 
-def checked(preset: str) -> "Preset":
-    """The preset of this name, on a machine that has what training needs."""
-    if find_spec("resvg_py") is None:
-        raise FulguriteError("Training needs more packages: in the checkout, pip install -e '.[train]'.")
+def checked(work: Path, preset: str) -> "Preset":
+    """The preset of this name, on a machine that has what training needs, in a folder that no other preset has."""
+    needed("resvg_py")
     if shutil.which("npm") is None:
         raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
     from fulgurite.training.recipe import PRESETS
 
     if preset not in PRESETS:
         raise FulguriteError(f"--preset: there is no {preset!r}; there are {' and '.join(PRESETS)}.")
+    for other in PRESETS.keys() - {preset}:
+        if (work / f"preset-{other}").exists():
+            raise FulguriteError(f"{work} holds what the preset {other} made: give {preset} a folder of its own.")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / f"preset-{preset}").touch()
     return PRESETS[preset]
+
+
+def needed(package: str) -> None:
+    if find_spec(package) is None:
+        raise FulguriteError("Training needs more packages: in the checkout, pip install -e '.[train]'.")
 
 
 @contextmanager
 def timed(device: str, minutes: float) -> Iterator["Run"]:
     """What a run may use. Exits with 3 where its time was not enough, so that a script knows to start it again."""
+    needed("accelerate")
+    # Imported later, its functions' defaults would hold the group of processes for good, and so its threads stay: one
+    # that lets go of a tensor while Python ends aborts the process.
+    import torch.distributed.nn  # noqa: F401
     from accelerate import PartialState
 
     from fulgurite.training.loop import Run, TimeIsUpError
 
-    here = str(PartialState(cpu=device == "cpu").device)
+    state, late = PartialState(cpu=device == "cpu", timeout=PATIENCE), ""
     try:
-        yield Run(here, time.monotonic() + 60 * minutes)
-        # Together: of several processes one that ended while another still wrote a file now and then aborted.
-        PartialState().wait_for_everyone()
-    except TimeIsUpError as error:
-        typer.echo(f"{error} The same command goes on there.")
-        raise typer.Exit(3) from error
+        if device == "cuda" and state.device.type == "cpu":
+            raise FulguriteError("This is for a GPU, and torch finds none here.")
+        try:
+            yield Run(str(state.device), time.monotonic() + 60 * minutes)
+        except TimeIsUpError as error:
+            late = str(error)
+        # Together: where one ends before the others torchrun may end them, and the first still writes a checkpoint.
+        state.wait_for_everyone()
     finally:
-        PartialState().destroy_process_group()
+        state.destroy_process_group()
+    if late:
+        if state.is_main_process:
+            typer.echo(f"{late} The same command goes on there.")
+        raise typer.Exit(3)
+
+
+@contextmanager
+def started(work: Path, preset: str, minutes: float) -> Iterator[tuple["Preset", "Run"]]:
+    """How much of everything a run of the small model's makes, and what it may use."""
+    amounts = checked(work, preset)
+    with timed(amounts.device, minutes) as run:
+        yield amounts, run
 
 
 def processes() -> int:
@@ -76,21 +108,21 @@ def recipe(
     minutes: Minutes = inf,
 ) -> None:
     """Trains the small model from nothing, distils and evaluates it, by the recipe of the one inside the package."""
-    amounts = checked(preset)
-    from accelerate import PartialState
-
-    from fulgurite.training.recipe import UNET_FILE, evaluate_in
-    from fulgurite.training.recipe import train as run_stages
-    from fulgurite.training.students import students_in
-
     students = out.with_name(f"{out.name}-lightning")
-    with timed(amounts.device, minutes) as run:
+    with started(work, preset, minutes) as (amounts, run):
+        from accelerate import PartialState
+
+        from fulgurite.training.recipe import UNET_FILE, evaluate_in
+        from fulgurite.training.recipe import train as run_stages
+        from fulgurite.training.students import students_in
+
         run_stages(work, out, amounts, run)
         if processes() == 1:
             evaluate_in(work, out, students_in(students, out / UNET_FILE), amounts, prompts, run)
         elif PartialState().is_main_process:
-            command = f"fulgurite train evaluate {work} --model {out} --students {students} --preset {preset}"
-            typer.echo(f"Trained. What came of it, by one process: {command}")
+            options = ["--model", str(out), "--students", str(students), "--preset", preset]
+            command = shlex.join(["fulgurite", "train", "evaluate", str(work), *options])
+            typer.echo(f"Trained. To evaluate it, in one process: {command}")
 
 
 @train.command()
@@ -102,10 +134,9 @@ def distil(
     minutes: Minutes = inf,
 ) -> None:
     """Distils a finished small model into students of 8, 4, 2 and 1 steps."""
-    amounts = checked(preset)
-    from fulgurite.training.recipe import distil_from
+    with started(work, preset, minutes) as (amounts, run):
+        from fulgurite.training.recipe import distil_from
 
-    with timed(amounts.device, minutes) as run:
         distil_from(work, model, out, amounts, run)
 
 
@@ -117,11 +148,10 @@ def decoder(
     preset: Named = "cpu",
     minutes: Minutes = inf,
 ) -> None:
-    """Teaches a finished small model's decoder what its UNet draws, and a fast decoder from it."""
-    amounts = checked(preset)
-    from fulgurite.training.recipe import decoders_from
+    """Trains a finished small model's decoder on what its UNet draws, and a fast decoder from it."""
+    with started(work, preset, minutes) as (amounts, run):
+        from fulgurite.training.recipe import decoders_from
 
-    with timed(amounts.device, minutes) as run:
         decoders_from(work, model, out, amounts, run)
 
 
@@ -134,10 +164,9 @@ def fast_decoder(
     minutes: Minutes = inf,
 ) -> None:
     """Distils a finished small model's VAE into a decoder that is several times quicker."""
-    amounts = checked(preset)
-    from fulgurite.training.recipe import fast_decoder_from
+    with started(work, preset, minutes) as (amounts, run):
+        from fulgurite.training.recipe import fast_decoder_from
 
-    with timed(amounts.device, minutes) as run:
         fast_decoder_from(work, model, out, amounts, run)
 
 
@@ -150,28 +179,34 @@ def evaluate(
     preset: Named = "cpu",
     minutes: Minutes = inf,
 ) -> None:
-    """Prints how often an encoder of pictures and captions finds what was asked for, and how real pictures look."""
-    amounts = checked(preset)
-    from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_inside
-    from fulgurite.training.students import students_in
+    """Scores a model and its students: how often an evaluator matches a picture to its caption, Frechet distances."""
+    with started(work, preset, minutes) as (amounts, run):
+        from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_inside
+        from fulgurite.training.students import students_in
 
-    with timed(amounts.device, minutes) as run:
         if processes() > 1:
             raise FulguriteError("Evaluation is for one process: run it without torchrun or accelerate launch.")
         found = students_in(students, model / UNET_FILE) if students else students_inside()
+        if not found:
+            raise FulguriteError(f"There are no students in {students}.")
         evaluate_in(work, model, found, amounts, prompts, run)
 
 
 @train.command()
 def distil_sdxl(
     work: Work,
-    model: Annotated[Path, typer.Option(help="SDXL's base model: its folder as diffusers publishes it.")],
-    pictures: Annotated[Path, typer.Option(help="A folder of pictures, a caption beside each: fox.jpg, fox.txt.")],
+    model: Annotated[
+        Path,
+        typer.Option(exists=True, file_okay=False, help="SDXL's base model: its folder as diffusers publishes it."),
+    ],
+    pictures: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Pictures, a caption beside each: fox.jpg, fox.txt.")
+    ],
     out: Annotated[Path, typer.Option(help="Where the students' files go.")] = Path("sdxl-lightning"),
     minutes: Minutes = inf,
 ) -> None:
     """Distils SDXL itself, on one GPU or, by accelerate launch, on many."""
-    from fulgurite.training.sdxl import distil_sdxl as run_stages
-
     with timed("cuda", minutes) as run:
+        from fulgurite.training.sdxl import distil_sdxl as run_stages
+
         run_stages(work, model, pictures, out, run)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fulgurite.errors import RequestError
 
+LEAST_SIDE, MOST_SIDE = 256, 2048  # pixels
 MOST_STEPS = 20
 DEFAULT_GUIDANCE = 7.5  # as the model's card says
 LONGEST_PROMPT = 100_000  # characters; what the text encoders cannot read of it is cut, and a note says so
@@ -28,8 +29,8 @@ class Parameters(BaseModel):
 
     prompt: str = Field(min_length=2, max_length=LONGEST_PROMPT, description="What to draw.")
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT, description="What to avoid.")
-    height: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
-    width: Whole = Field(1024, ge=256, le=2048, description="Pixels.")
+    height: Whole = Field(1024, ge=LEAST_SIDE, le=MOST_SIDE, description="Pixels.")
+    width: Whole = Field(1024, ge=LEAST_SIDE, le=MOST_SIDE, description="Pixels.")
     num_steps: Whole = Field(MOST_STEPS, ge=1, le=MOST_STEPS, description="The most steps to spend.")
     guidance: float = Field(
         DEFAULT_GUIDANCE, ge=0, le=30, allow_inf_nan=False, description="Higher follows the prompt more closely."

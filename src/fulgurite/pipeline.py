@@ -138,7 +138,8 @@ class Pipeline:
         schedule = trailing_schedule(to.steps)
         encoded = [encode(request.prompt)]
         if to.strength != 1:
-            encoded.append(self._avoided(request.negative_prompt, encode))
+            zeros = self.card.force_zeros_for_empty_prompt and not self.card.schedules and not request.negative_prompt
+            encoded.append(zeros_like(encoded[0]) if zeros else encode(request.negative_prompt))
         contexts, pooled = zip(*encoded, strict=True)
         sizes = size_conditioning(to.drawn_size if self.card.native_shapes else (request.width, request.height))
         noise = starting_noise(request.seed, to.latent_shape, float(schedule.sigmas[0]))
@@ -152,12 +153,6 @@ class Pipeline:
             noise.to(self.device),
             started,
         )
-
-    def _avoided(self, negative_prompt: str, encode: Callable[[str], Encoded]) -> Encoded:
-        states, pooled = encode(negative_prompt)
-        if negative_prompt or self.card.schedules or not self.card.force_zeros_for_empty_prompt:
-            return states, pooled
-        return torch.zeros_like(states), torch.zeros_like(pooled)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], batch: int) -> None:
@@ -286,6 +281,12 @@ def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:
         return torch.bfloat16 if eight_bits else torch.float16  # of 8 bits not all GPUs give float16
     onednn = torch.backends.mkldnn.is_available()  # not in every build: torch's for Apple's processors may lack it
     return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def zeros_like(encoded: Encoded) -> Encoded:
+    """What diffusers has in the place of a negative prompt that is not given. Here "" is none, too."""
+    states, pooled = encoded
+    return torch.zeros_like(states), torch.zeros_like(pooled)
 
 
 def no_numbers(dtype: torch.dtype) -> str:

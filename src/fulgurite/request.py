@@ -114,10 +114,10 @@ def notes(card: Card, request: Request, to: Plan, tokenizers: Sequence[Tokenizer
         if any(tokenizer.encode(getattr(request, name))[1] for tokenizer in tokenizers):
             found.append(f"{name} was cut to its first {tokenizers[0].length - 2} tokens")
         if unknown := tokenizers[0].unknown(getattr(request, name)):
-            found.append(f"{name} has words that this model never learned: {listed(unknown)}")
+            found.append(f"{name} has words that this model never learned: {first_ten(unknown)}")
     return tuple(found)
 
 
-def listed(words: Sequence[str]) -> str:
+def first_ten(words: Sequence[str]) -> str:
     """The first ten words, each at most as long as a word is."""
     return ", ".join(word[:40] for word in words[:10]) + ", ..." * (len(words) > 10)

@@ -33,11 +33,10 @@ def connect(url: str) -> Engine:
         raise LedgerError(f"The ledger needs {error.name}: in the checkout, pip install -e '.[postgres]'.") from None
     try:
         migrate(engine)
-    except LedgerError:
+    except (SQLAlchemyError, LedgerError) as error:
         engine.dispose()
-        raise
-    except SQLAlchemyError as error:
-        engine.dispose()
+        if isinstance(error, LedgerError):
+            raise
         why = str(getattr(error, "orig", error)).partition("\n")[0]
         raise LedgerError(f"Cannot open the ledger {parsed.render_as_string()}: {why}.") from None
 
@@ -104,15 +103,15 @@ def migrate(engine: Engine) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     scripts = ScriptDirectory.from_config(config)
     with engine.execution_options(reading=True).connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    if current == scripts.get_current_head():
-        return
-    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
-        raise LedgerError(
-            "A newer version of this program has used the ledger: use that one, or a backup from before the upgrade."
-        )
+        if MigrationContext.configure(connection).get_current_revision() == scripts.get_current_head():
+            return
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current not in {None, *(script.revision for script in scripts.walk_revisions())}:
+            raise LedgerError(
+                "A newer version of this program has used the ledger: use that one, or a backup from before."
+            )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

@@ -181,7 +181,7 @@ def settled(connection: Connection, entry: Entry, answer: Answer | None) -> Sett
     if entry.price and not charge(connection, entry):
         if answer:
             connection.execute(delete(answers).where(answers.c.key_id == answer.key_id, answers.c.id == answer.id))
-        message = "This key's credit does not cover the picture's price. Nothing was charged."
+        message = "This key's credit does not cover this picture, which was not charged."
         return replace(entry, price=0, outcome="refused"), CreditSpentError(message)
     return entry, answer
 

@@ -1,7 +1,6 @@
 """CLIP's byte-pair tokenizer, on the ``tokenizers`` library, from the published ``vocab.json`` and ``merges.txt``."""
 
 import json
-import re
 import unicodedata
 from pathlib import Path
 
@@ -34,8 +33,13 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers
 
 
 def words_of(text: str) -> list[str]:
-    """Its words, in small letters, each once, in their order."""
-    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower())))
+    """Its words, in small letters, each once, in their order: letters with their marks, and such as emoji."""
+    kinds = {"L", "M", "So"}
+    spaced = (
+        c if {(kind := unicodedata.category(c)), kind[0]} & kinds else " "
+        for c in unicodedata.normalize("NFC", text).lower()
+    )
+    return list(dict.fromkeys("".join(spaced).split()))
 
 
 class Tokenizer:
@@ -74,11 +78,11 @@ class Tokenizer:
     def unknown(self, text: str) -> list[str]:
         """Words that the text encoders never read, so that they say little or nothing to them.
 
-        Of more than two letters: such as "in" and "my" say little in any case.
+        Of Latin ones those of more than two letters: such as "in" and "my" say little in any case.
         """
         if self.words is None:
             return []
-        return [word for word in words_of(text) if len(word) > 2 and word not in self.words]
+        return [word for word in words_of(text) if not (word.isascii() and len(word) < 3) and word not in self.words]
 
     def encode(self, text: str) -> tuple[list[int], bool]:
         """One prompt's ``length`` ids, and whether the prompt was too long and has been cut."""

@@ -124,6 +124,13 @@ class Jobs:
         found = await asyncio.to_thread(find, order.key.id, idempotency_key=order.idempotency_key)
         return replayed(found, order) if found else None
 
+    async def refuse_reuse(self, order: Order) -> None:
+        """Raises Problem (409) where its idempotency key is another request's, made or being made."""
+        job = self._running.get(order.name())
+        if job and job.order.body_hash != order.body_hash:
+            raise key_reused()
+        await self.earlier(order)
+
     def position(self, job: Job) -> int | None:
         """How many pictures the engine makes before this one; None before it is queued."""
         return self._engine.position(job.future) if job.future else None
@@ -226,6 +233,13 @@ class Jobs:
         self._metrics.picture(entry)
 
 
+def so_far(answer: "asyncio.Future[Answer]") -> Answer | BaseException:
+    """What a job has ended in; if it has not yet, that the server stops."""
+    if not answer.done() or answer.cancelled():
+        return shutting_down()
+    return answer.exception() or answer.result()
+
+
 def outcome(job: Job, error: Exception) -> Outcome:
     if job.unwanted:
         return "cancelled"
@@ -281,9 +295,9 @@ def picture_headers(picture: Picture, price: int) -> dict[str, str]:
 
 
 def notes_header(notes: Sequence[str]) -> dict[str, str]:
-    """What was not done as asked, as headers can say it."""
+    """What was not done as asked, as headers can say it: in ASCII, with \\u72d0 for another letter."""
     one_line = " ".join("; ".join(notes).split())
-    return {"X-Fulgurite-Notes": one_line.encode("ascii", "replace").decode()} if notes else {}
+    return {"X-Fulgurite-Notes": one_line.encode("ascii", "backslashreplace").decode()} if notes else {}
 
 
 def made(answer: Answer) -> dict[str, str]:

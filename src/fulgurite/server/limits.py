@@ -77,4 +77,4 @@ class Meters:
 
 
 def credit_spent() -> Problem:
-    return Problem(402, "credit_spent", "This key's credit does not cover the picture's price. Nothing was charged.")
+    return Problem(402, "credit_spent", "This key's credit does not cover this picture, which was not charged.")

@@ -1,6 +1,7 @@
 """Connections: those of slow, silent and dead clients end by themselves, and the server stops within a bound."""
 
 import asyncio
+import math
 import socket
 import time
 from contextlib import suppress
@@ -59,6 +60,11 @@ def seconds_left(app: FastAPI, most: float) -> float:
     """Of the time to stop within, of which ``most`` is left before the signal."""
     stop_by: float | None = getattr(app.state, "stop_by", None)
     return most if stop_by is None else max(0.0, stop_by - time.monotonic())
+
+
+def time_is_up(app: FastAPI) -> bool:
+    """Whether the server was told to stop, and the time to do so within is over."""
+    return seconds_left(app, math.inf) <= 0
 
 
 class Server(uvicorn.Server):

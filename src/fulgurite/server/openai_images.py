@@ -2,25 +2,28 @@
 
 import asyncio
 import base64
+import hashlib
 import re
 import time
 import uuid
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
+from fastapi.responses import Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
-from starlette.responses import JSONResponse
 
 from fulgurite.cards import card
 from fulgurite.errors import RequestError
-from fulgurite.parameters import Parameters, whole
+from fulgurite.parameters import LEAST_SIDE, MOST_SIDE, Parameters, whole
 from fulgurite.records import Answer
 from fulgurite.server.body import PictureBody, read_body
 from fulgurite.server.headers import LIMITS, NOTES
-from fulgurite.server.jobs import Order, made, notes_header
+from fulgurite.server.jobs import Order, made, notes_header, so_far
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, awaited
 from fulgurite.server.problems import Problem, error_responses, logged
 from fulgurite.server.service import Service
@@ -29,28 +32,36 @@ STEPS = {"low": 2, "medium": 4}  # the most that are spent; what else quality ma
 UNHEEDED = ("moderation", "safety_identifier", "style", "user")  # what is said in these changes no picture here
 
 
-SIDE = "(25[6-9]|2[6-9][0-9]|[3-9][0-9]{2}|1[0-9]{3}|20[0-3][0-9]|204[0-8])"  # pixels, as the hosted API has them
+# LEAST_SIDE to MOST_SIDE pixels, as OpenAPI can say it.
+SIDE = "(25[6-9]|2[6-9][0-9]|[3-9][0-9]{2}|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 SIZE = f"^(auto|{SIDE}x{SIDE})$"
 
 
-def within_bounds(size: str) -> str:
+def checked_size(size: str) -> str:
     if not re.fullmatch(SIZE, size):
-        raise PydanticCustomError("size", "It should be WIDTHxHEIGHT, 256 to 2048 each, or auto")
+        raise PydanticCustomError("size", f"It should be WIDTHxHEIGHT, {LEAST_SIDE} to {MOST_SIDE} each, or auto")
     return size
+
+
+def as_here(schema: dict[str, Any]) -> None:
+    """For OpenAPI: what these parameters are where they are left out."""
+    schema["not"] = {"anyOf": [{"required": ["size", "width"]}, {"required": ["size", "height"]}]}
+    for name, else_it_is in (("width", "size's"), ("height", "size's"), ("num_steps", "quality's")):
+        field = schema["properties"][name]
+        del field["default"]
+        field["description"] += f" Left out: {else_it_is}."
 
 
 class GenerationBody(Parameters):
     """OpenAI's parameters that can be kept here, and beside them all of the hosted API's."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"not": {"anyOf": [{"required": ["size", "width"]}, {"required": ["size", "height"]}]}}
-    )
+    model_config = ConfigDict(json_schema_extra=as_here)
 
     model: str = Field("bytedance/stable-diffusion-xl-lightning", max_length=200, description="The model's id.")
     n: Annotated[int, Field(ge=1, le=10), BeforeValidator(whole)] | None = Field(
-        None, description="How many pictures, of seeds that count up: 1 unless said."
+        None, description="How many pictures: 1 unless said. Where there is a seed, theirs count up from it."
     )
-    size: Annotated[str, AfterValidator(within_bounds), Field(json_schema_extra={"pattern": SIZE})] | None = Field(
+    size: Annotated[str, AfterValidator(checked_size), Field(json_schema_extra={"pattern": SIZE})] | None = Field(
         None, description="WIDTHxHEIGHT, instead of width and height; auto: the model's own."
     )
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = Field(
@@ -115,25 +126,48 @@ class Listing(BaseModel):
     data: list[Listed]
 
 
-def numbered(order: Order, number: int) -> Order:
+def numbered(order: Order, number: int, of: int) -> Order:
     """The order of one of several pictures of a request: each has its own line in the ledger, and its own retries."""
+    body_hash = hashlib.sha256(f"{order.body_hash} {number} of {of}".encode()).hexdigest()
     if not number:
-        return order
+        return replace(order, body_hash=body_hash)
     key = order.idempotency_key
     # No client's own, since it has a space, and no longer than one may be.
     again = f"image {uuid.uuid5(uuid.NAMESPACE_URL, f'{key} {number}').hex}" if key else None
-    return replace(order, id=f"{order.id}-{number}", idempotency_key=again)
+    return replace(order, id=f"{order.id}-{number}", idempotency_key=again, body_hash=body_hash)
 
 
 async def all_made(http: HTTPRequest, service: Service, orders: list[Order]) -> tuple[list[Answer], list[str]]:
     """The pictures that were made, and why others were not. Where none was, raises the first one's error."""
-    jobs = [service.jobs.start(order) for order in orders]
-    ends = await asyncio.gather(*(awaited(http, service.jobs, job) for job in jobs), return_exceptions=True)
+    for order in orders:  # before any is made
+        await service.jobs.refuse_reuse(order)
+    with ExitStack() as all_wait:  # for each from its start on: should a later one not start, none is made for nobody
+        jobs, tasks = [], []
+        for order in orders:
+            jobs.append(service.jobs.start(order))
+            tasks.append(all_wait.enter_context(service.jobs.waiting(jobs[-1])))
+        try:
+            ends = await asyncio.gather(*(awaited(http, service.jobs, job) for job in jobs), return_exceptions=True)
+        except asyncio.CancelledError:  # the server stops: what is made by now is paid for, and goes out
+            ends = [so_far(task) for task in tasks]
     errors = [end for end in ends if isinstance(end, BaseException)]
     if len(errors) == len(ends):
         raise errors[0]
-    told = [logged(error, http.state.request_id).message for error in errors]
+    why = Counter(logged(error, http.state.request_id).message for error in errors)
+    told = [f"{count} of {len(ends)} not made: {message}" for message, count in why.items()]
     return [end for end in ends if isinstance(end, Answer)], told
+
+
+def rendered(asked: PictureBody, answers: list[Answer]) -> bytes:
+    """The answer's JSON: of many large pictures that takes a while."""
+    pictures = [Generated(b64_json=base64.b64encode(a.content).decode(), made=made(a)) for a in answers]
+    found = Generation(
+        created=int(time.time()),
+        output_format=asked.output_format or "png",
+        size=f"{asked.data.width}x{asked.data.height}",
+        data=pictures,
+    )
+    return found.model_dump_json().encode()
 
 
 def add_openai_images(app: FastAPI, service: Service) -> None:
@@ -147,11 +181,12 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
         "/v1/images/generations",
         response_model=Generation,
         responses=described,
+        summary="OpenAI's Images API",
         openapi_extra={"parameters": [IDEMPOTENCY_HEADER], "requestBody": body},
         dependencies=[BEARER],
     )
-    async def generate(http: HTTPRequest) -> JSONResponse:
-        """Draws pictures, as OpenAI's Images API does.
+    async def generate(http: HTTPRequest) -> Response:
+        """Draws pictures. It is one request of those that the key may send in a minute, however many it asks for.
 
         Each is billed, and made or not, by itself: where some of several were not, the others are the answer, and
         X-Fulgurite-Notes says why.
@@ -160,27 +195,24 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
         asked = await read_body(http, service.settings.max_body_bytes, GenerationBody)
         service.check_served(asked.model)
         bodies = asked.pictures(card(asked.model).usual_size)
+        count, most = len(bodies), key.limits.pictures_in_flight
+        if most is not None and count > most:
+            raise Problem(422, "invalid_parameter", f"n: this key may have {most} pictures made at once.", "n")
         try:
-            orders = [numbered(service.order_of(http, key, body), number) for number, body in enumerate(bodies)]
+            orders = [numbered(service.order_of(http, key, body), i, count) for i, body in enumerate(bodies)]
         except RequestError as error:  # its parameters are in no "data" here
             raise Problem(422, "invalid_parameter", str(error), error.param) from None
         answers, notes = await all_made(http, service, orders)
         notes += [f"{name} changes nothing here" for name in UNHEEDED if getattr(asked, name)]
-        data = bodies[0].data
-        found = Generation(
-            created=int(time.time()),
-            output_format=bodies[0].output_format or "png",
-            size=f"{data.width}x{data.height}",
-            data=[Generated(b64_json=base64.b64encode(a.content).decode(), made=made(a)) for a in answers],
-        )
-        return JSONResponse(found.model_dump(), headers=notes_header(notes))
+        content = await asyncio.to_thread(rendered, bodies[0], answers)
+        return Response(content, media_type="application/json", headers=notes_header(notes))
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", summary="The models, as OpenAI lists its own")
     async def models() -> Listing:
-        """The models there are, as OpenAI lists its own."""
+        """The models there are."""
         return Listing(data=[Listed(id=model) for model in service.served])
 
-    @app.get("/v1/models/{model:path}", responses=error_responses(404))
+    @app.get("/v1/models/{model:path}", responses=error_responses(404), summary="One of the models")
     async def model(model: str) -> Listed:
         """One of them."""
         service.check_served(model)

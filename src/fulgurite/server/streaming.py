@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import Request as HTTPRequest
 
 from fulgurite.records import Answer
-from fulgurite.server.jobs import Job, Jobs, StepDone, made
-from fulgurite.server.listening import seconds_left
-from fulgurite.server.problems import logged, shutting_down
+from fulgurite.server.jobs import Job, Jobs, StepDone, made, so_far
+from fulgurite.server.listening import time_is_up
+from fulgurite.server.problems import logged
 
 MEDIA_TYPE = "text/event-stream"
 # Proxies must neither keep the events nor gather them.
@@ -52,7 +52,7 @@ async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes
             await any_of(answer, news)
         yield last_event(http, answer)
     except asyncio.CancelledError:
-        if seconds_left(http.app, most=1) > 0:  # it was the client who stopped this, not the server
+        if not time_is_up(http.app):  # it was the client who stopped this, not the server
             raise
         yield last_event(http, answer)
     finally:
@@ -78,19 +78,16 @@ def step_event(step: StepDone) -> bytes:
 
 def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]") -> bytes:
     """The picture, or what went wrong; if nothing has come yet, that the server stops."""
-    try:
-        if not answer.done():
-            raise shutting_down()
-        found = answer.result()
-    except (Exception, asyncio.CancelledError) as error:
-        said = logged(error, http.state.request_id)
-        http.state.code = said.code
-        seconds = (said.headers or {}).get("Retry-After")
-        told = {
-            "status": said.status,
-            "error": {"code": said.code, "message": said.message, "param": said.param},
-            "retry_after": int(seconds) if seconds else None,
-            "request_id": http.state.request_id,
-        }
-        return event("error", told)
-    return event("done", made(found) | {"picture": data_url(found.media_type, found.content)})
+    found = so_far(answer)
+    if isinstance(found, Answer):
+        return event("done", made(found) | {"picture": data_url(found.media_type, found.content)})
+    said = logged(found, http.state.request_id)
+    http.state.code = said.code
+    seconds = (said.headers or {}).get("Retry-After")
+    told = {
+        "status": said.status,
+        "error": {"code": said.code, "message": said.message, "param": said.param},
+        "retry_after": int(seconds) if seconds else None,
+        "request_id": http.state.request_id,
+    }
+    return event("error", told)

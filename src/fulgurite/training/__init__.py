@@ -1,1 +1,1 @@
-"""How the embedded model is made: data, autoencoder, teacher."""
+"""How the embedded model is made: data, autoencoder, text encoders, teacher, students, decoders, their evaluation."""

@@ -15,8 +15,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from fulgurite.sampling import trailing_schedule
-from fulgurite.training.discriminator import judge_loss, student_loss, unsteadiness
+from fulgurite.training.discriminator import discriminator_loss, student_loss, unsteadiness
 from fulgurite.training.distil import STEADY, Ground, begun, network
+from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import said, scene_at
 from fulgurite.training.loop import Part, Stage
@@ -46,8 +47,8 @@ def as_drawn(ground: Ground, folder: Path) -> np.ndarray:
     path = folder / f"drawn-{len(latents)}-{made_of}.npy"
     with PartialState().main_process_first():
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(path, drawn_again(ground, latents))
+            with whole(path) as new:
+                np.save(new, drawn_again(ground, latents))
     return np.load(path)
 
 
@@ -115,7 +116,7 @@ def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Ten
     real, fake, still = logits.chunk(3)
     return {
         "adversarial": taken.detach() + ((again - shown.detach()) * slope).sum(),
-        "judge": judge_loss([real], [fake]),
+        "judge": discriminator_loss([real], [fake]),
         "unsteady": STEADY * unsteadiness([real], [still]),
     }
 

@@ -78,6 +78,18 @@ class Distillation:
     edges: bool = True  # small changes are those of the first and last convolutions and of the embeddings, too
     share: float = 1.0  # of the way from its start's weights to what it learned, where it ends (arXiv 2109.01903)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where teacher and student would not arrive at the same timesteps."""
+        places = self.places
+        if self.teacher_steps % self.steps or any(places % n for n in (self.teacher_steps, self.begins or self.steps)):
+            told = f"{self.steps} steps of {self.teacher_steps}, begun at {self.begins} timesteps"
+            raise ValueError(f"{self.name}: {told}: they have no timesteps in common")
+
+    @property
+    def places(self) -> int:
+        """How many timesteps there are at which a step of the student or of its teacher begins."""
+        return max(self.teacher_steps, self.begins or 0)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -214,20 +226,15 @@ def scenes_told(ground: Ground, sayer: Sayer, rng: random.Random) -> tuple[Tenso
     return clean.to(ground.run.device), sayer([said(scene, rng) for scene in scenes], ground.latents.size)
 
 
-def grid(plan: Distillation) -> Schedule:
-    """Of all timesteps at which the student's steps begin, and its teacher's between them."""
-    return trailing_schedule(max(plan.teacher_steps, plan.begins or 0))
-
-
 def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, schedule: Schedule, number: int) -> Step:
     """Scenes at random, each noised to where one of the student's steps begins; the teacher walks to the end.
 
-    ``schedule`` is ``plan``'s ``grid``: from any beginning in it a step is as long as the student's, or ends at the
+    ``schedule`` is of the plan's ``places``. From each beginning a step is as long as the student's, or ends at the
     clean latent.
     """
     rng, device = seeded("distil", plan.name, number), ground.run.device
     clean, told = scenes_told(ground, sayer, rng)
-    places, begins = len(schedule.timesteps), plan.begins or plan.steps
+    places, begins = plan.places, plan.begins or plan.steps
     first = places // begins * torch.randint(begins, (ground.batch,)).to(device)
     last = (first + places // plan.steps).clamp_max(places)
     x = begun(clean, torch.randn(clean.shape).to(device), first, schedule)
@@ -239,7 +246,7 @@ def a_step(teacher: UNet, ground: Ground, sayer: Sayer, plan: Distillation, sche
             away = sayer([no_caption(rng) for _ in clean], ground.latents.size)
         guide = Guide(away, plan.guidance or ground.card.guidance_strength)
     count, stride = plan.teacher_steps // plan.steps, places // plan.teacher_steps
-    reached = walked(teacher, x, first, count, schedule, told, ground.card.prediction, guide, stride)
+    reached = walked(teacher, x, first, count, schedule, told, ground.card.prediction, guide, stride=stride)
     timesteps = torch.cat([schedule.timesteps, schedule.timesteps.new_zeros(1)])
     return Step(x, schedule.sigmas[first], timesteps[first], schedule.sigmas[last], timesteps[last], reached, told)
 
@@ -295,7 +302,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     )
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
-    schedule = on(grid(plan), device)
+    schedule = on(trailing_schedule(plan.places), device)
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = next_step(ground, sayer, plan, schedule, stage.number)

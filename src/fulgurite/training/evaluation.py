@@ -20,6 +20,7 @@ from fulgurite.cards import Card
 from fulgurite.kernels import cpu
 from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
+from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
 from fulgurite.training.reader import close_up, rendered, scenes_of, seen, train_reader
@@ -160,11 +161,11 @@ class Judged:
             if not path.exists():
                 if self.run.over():
                     raise TimeIsUpError(f"The time is up, at picture {start} of {count} of: {name}.")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 with torch.no_grad():
                     shown = pictures(start, stop)
                     looked_at = self.reader.pictures(seen(shown)), self.reader.pictures(close_up(shown, start))
-                np.save(path, torch.stack(looked_at, dim=1).numpy())
+                with whole(path) as new:
+                    np.save(new, torch.stack(looked_at, dim=1).numpy())
             chunks.append(np.load(path))
         return np.concatenate(chunks)
 
@@ -179,8 +180,8 @@ class Judged:
             if not path.exists():
                 if self.run.over():
                     raise TimeIsUpError(f"The time is up, at {part} of {name}.")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("\n".join(make()))
+                with whole(path) as new:
+                    new.write_text("\n".join(make()))
             rows += path.read_text().splitlines()
             print(path.read_text(), flush=True)
         table = "\n".join(rows) + "\n"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fulgurite.models import VAE, TinyDecoder, TinyDecoderConfig
 from fulgurite.models.tiny_decoder import Block
+from fulgurite.training.files import whole
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.vae import reconstruction_losses, to_pixels
 
@@ -42,8 +43,8 @@ def pictures_of(vae: VAE, latents: Tensor, device: str, path: Path) -> np.ndarra
         for chunk in latents.split(CHUNK):
             pixels = half.decode((chunk / vae.config.scaling_factor).to(device, torch.bfloat16)).float()
             rows.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.concatenate(rows))
+        with whole(path) as new:
+            np.save(new, np.concatenate(rows))
     return np.load(path, mmap_mode="r")
 
 

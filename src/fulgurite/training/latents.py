@@ -2,21 +2,23 @@
 
 import os
 import random
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fulgurite.models import VAE
+from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.scenes import Scene, caption, render, training_scene
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
+from fulgurite.training.workers import workers
 
 CHUNK = 32  # scenes encoded together
+TASK = 3 * CHUNK  # scenes a worker is given at a time, which an interrupted run waits for
 AT_A_GPU = 8  # processes that share one, each of which takes some of its memory
 FEW = 50  # scenes that tell one set of things and of their weights from another
 
@@ -44,12 +46,23 @@ def encode_scenes(
     return np.concatenate(rows)
 
 
+class LatentFiles:
+    """Latents in a file each, as an array that is read where it is looked at: memory does not hold a million's."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, picks: list[int] | slice) -> np.ndarray:
+        files = self.files[picks] if isinstance(picks, slice) else [self.files[i] for i in picks]
+        return np.stack([np.load(file) for file in files])
+
+
 @dataclass(frozen=True)
 class LatentSet:
     """Latents of many scenes of one size, and the scenes, to be captioned anew each time."""
 
     size: tuple[int, int]
-    latents: np.ndarray  # [N, C, h, w], float16
+    latents: np.ndarray | LatentFiles  # [N, C, h, w], float16
     scenes: list[Scene] | list[str]  # or a caption each
 
     def batch(self, count: int, rng: random.Random) -> tuple[torch.Tensor, list]:
@@ -71,11 +84,9 @@ def build_latents(
     scenes = [scene_at(sprites, size, i) for i in range(count)]
     path = folder / f"latents-{size[0]}x{size[1]}-{count}-{fingerprint(vae.encoder, vae.quant_conv, scenes[:FEW])}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        ranges = [range(i, min(i + 500, count)) for i in range(0, count, 500)]
-        here = next(vae.parameters()).device.type == "cpu"
-        workers = os.cpu_count() if here else min(os.cpu_count() or 1, AT_A_GPU)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        ranges = [range(i, min(i + TASK, count)) for i in range(0, count, TASK)]
+        cores, here = os.cpu_count() or 1, next(vae.parameters()).device.type == "cpu"
+        with workers(cores if here else min(cores, AT_A_GPU)) as pool, whole(path) as new:
             jobs = [pool.submit(encode_scenes, sprites_folder, names, vae, size, numbers) for numbers in ranges]
-            np.save(path, np.concatenate([job.result() for job in jobs]))
+            np.save(new, np.concatenate([job.result() for job in jobs]))
     return LatentSet(size, np.load(path), scenes)

@@ -2,7 +2,7 @@
 
 ``accelerate launch``, or ``torchrun`` where there is no GPU, runs a stage as several processes: each draws batches of
 its own, and all make the same update with their gradients' mean. Each keeps the optimizer's state of its share of the
-weights, updates these, and tells the others (ZeRO's first stage: Rajbhandari et al., arXiv 1910.02054).
+weights, updates these, and tells the others (``sharding.py``).
 """
 
 import json
@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from fulgurite.training.sharding import ShardedAdamW
 
 
 class TimeIsUpError(Exception):
@@ -122,11 +123,8 @@ class Stage:
         self.parts = peak if isinstance(peak, dict) else {"": Part(peak)}
         groups = [{"params": list(networks.get_submodule(name).parameters())} for name in self.parts]
         numbers: dict[str, Any] = {"betas": (adam.momentum, adam.squares), "weight_decay": adam.decay, "fused": True}
-        self.optimizer: torch.optim.Optimizer
-        if self.processes.num_processes > 1:
-            self.optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **numbers)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, **numbers)
+        several = self.processes.num_processes > 1
+        self.optimizer = ShardedAdamW(groups, **numbers) if several else torch.optim.AdamW(groups, **numbers)
         self.step, self.started, self.losses = 0, time.perf_counter(), dict[str, float]()
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -162,7 +160,7 @@ class Stage:
             group["lr"] = learning_rate(self.step - part.after, self.steps - part.after, part.peak)
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             averages: list[torch.Tensor] = list(self.average.parameters())
@@ -200,14 +198,13 @@ class Stage:
 
         All processes call it; any number of them can go on from it.
         """
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.optimizer.consolidate_state_dict()
+        optimizer = self.optimizer.state_dict()
         if not self.processes.is_main_process:
             return
         state = {
             "networks": self.networks.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "step": self.step,
         }
         torch.save(state, self.checkpoint.with_suffix(".new"))
@@ -217,11 +214,6 @@ class Stage:
         self.networks.load_state_dict(state["networks"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            # It leaves Adam's "step" on the CPU, where a GPU's fused update does not take it, and a copy of the rest.
-            own = self.optimizer.optim
-            own.load_state_dict(own.state_dict())
-            self.optimizer.state.clear()
         self.step = state["step"]
 
 

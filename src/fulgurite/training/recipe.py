@@ -18,6 +18,7 @@ from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Judged, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
+from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
@@ -111,12 +112,12 @@ class Data:
 
 def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: str = "") -> None:
     """Trains every student of the preset's plan; those that ship go to the folder ``out``, and their card beside it."""
-    out.mkdir(parents=True, exist_ok=True)
     shipped = {"8", "4", "2", "1"} | {plan.upon for plan in preset.distillations if plan.rank}
     for plan in preset.distillations:
         student = distil(plan, ground, work / "students", work / "distil")
-        if plan.name in shipped:
-            shutil.copyfile(student, out / student.name)
+        if plan.name in shipped and PartialState().is_main_process:
+            with whole(out / student.name) as new:
+                shutil.copyfile(student, new)
     if PartialState().is_main_process:
         card_file, students = out.with_name(f"{out.name}.toml"), students_in(out, ground.unet)
         write_card("spark_lightning.toml", card_file, ground.unet, students, preview)

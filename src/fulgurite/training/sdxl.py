@@ -6,21 +6,15 @@ accelerate launch -m fulgurite train distil-sdxl WORK --model stable-diffusion-x
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
 
 from fulgurite.cards import Card, card
-from fulgurite.errors import FulguriteError
-from fulgurite.models import VAE
 from fulgurite.training.distil import Ground, distil
-from fulgurite.training.fingerprint import fingerprint
-from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run
+from fulgurite.training.pictures import picture_latents
 from fulgurite.training.plans import SDXL
 from fulgurite.training.students import students_in, write_card
-from fulgurite.training.vae import to_pixels
 from fulgurite.weights.files import folder_files
 from fulgurite.weights.load import load_text_encoder, load_tokenizer, load_vae
 
@@ -28,40 +22,11 @@ SIZE = (1024, 1024)  # width, height in pixels
 BATCH = 4  # a device
 TOGETHER = 512  # pictures to an update, on all devices: the paper's
 GUIDANCE = 6.0  # of the teacher: the paper's
-KINDS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def teacher_card() -> Card:
     """SDXL's base model, by its distilled one's card: the networks are the same."""
     return replace(card("bytedance/stable-diffusion-xl-lightning"), schedules=(), guidance_strength=GUIDANCE)
-
-
-@torch.inference_mode()
-def picture_latents(pictures: Path, vae: VAE, size: tuple[int, int], folder: Path) -> LatentSet:
-    """Every picture that has a caption beside it (``fox.jpg``, ``fox.txt``), cut to ``size`` and encoded.
-
-    Done once, then read back from ``folder``. Raises FulguriteError where there are none.
-    """
-    files = sorted(f for f in pictures.iterdir() if f.suffix.lower() in KINDS and f.with_suffix(".txt").exists())
-    if not files:
-        raise FulguriteError(f"{pictures} holds no pictures with a caption beside each (fox.jpg and fox.txt).")
-    made_of = fingerprint(vae, [(file.name, file.stat().st_size) for file in files])
-    path, weight = folder / f"latents-{size[0]}x{size[1]}-{len(files)}-{made_of}.npy", vae.quant_conv.weight
-    if not path.exists():
-        rows = []
-        for file in files:
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = to_pixels(np.asarray(ImageOps.fit(upright, size))[None])
-            mean, _ = vae.encode(pixels.to(weight))
-            rows.append((mean * vae.config.scaling_factor).half().cpu().numpy())
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.concatenate(rows))
-    return LatentSet(
-        size,
-        np.load(path, mmap_mode="r"),
-        [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files],
-    )
 
 
 def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) -> None:
@@ -74,8 +39,7 @@ def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) ->
         load_text_encoder(files.text_encoders[1], second, run.device, dtype, second=True),
     )
     vae = load_vae(files.vae, of_model, run.device, dtype)
-    with PartialState().main_process_first():
-        latents = picture_latents(pictures, vae, SIZE, work / "latents")
+    latents = picture_latents(pictures, vae, SIZE, work / "latents", run)
     ground = Ground(
         of_model, files.unet, tokenizers, encoders, vae, latents, BATCH, run, dtype, checkpointing=True,
         gathered=max(1, round(TOGETHER / (BATCH * PartialState().num_processes))),

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fulgurite.errors import FulguriteError
+from fulgurite.training.files import whole
 from fulgurite.training.words import COMMON, SYNONYMS
 
 SPRITE = 256  # pixels per side
@@ -73,11 +74,14 @@ def fetch(package: str, folder: Path) -> Path:
     target = folder / re.sub(r"[^a-z0-9.]+", "-", package.lower()).strip("-")
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
-        name = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-        with tarfile.open(folder / name) as archive:
-            archive.extractall(target, filter="data")
-        (folder / name).unlink()
+        command = ["npm", "pack", package, "--loglevel", "error", "--pack-destination", str(folder)]
+        packed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if packed.returncode:  # npm has said why
+            raise FulguriteError(f"npm could not fetch {package}.")
+        archived = folder / packed.stdout.split()[-1]
+        with tarfile.open(archived) as archive, whole(target) as new:
+            archive.extractall(new, filter="data")
+        archived.unlink()
     return target / "package"
 
 
@@ -162,4 +166,5 @@ def build(folder: Path, small: bool) -> None:
                 group, subgroup = groups[str(entry["group"])], subgroups[str(entry["subgroup"])]
                 things.append(Thing(entry["label"], tuple(entry.get("tags", ())), group, subgroup, sprites))
         np.save(folder / "sprites.npy", np.stack(rows))
-        (folder / "things.json").write_text(json.dumps([asdict(t) for t in things]), encoding="utf-8")
+        with whole(folder / "things.json") as new:
+            new.write_text(json.dumps([asdict(t) for t in things]), encoding="utf-8")

@@ -12,7 +12,6 @@ from fulgurite.models import VAE, AttentionGuidance, Tokenizer, UNet
 from fulgurite.sampling import (
     Schedule,
     euler_step,
-    per_row,
     scale_input,
     starting_noise,
     to_denoised,
@@ -34,8 +33,8 @@ class Conditions:
         """Of no prompt at all, as SDXL was trained: no states, where the prompt's are."""
         return replace(self, context=torch.zeros_like(self.context), pooled=torch.zeros_like(self.pooled))
 
-    def rows(self, start: int, stop: int) -> "Conditions":
-        return Conditions(self.context[start:stop], self.pooled[start:stop], self.sizes[start:stop])
+    def picked(self, rows: Tensor | slice) -> "Conditions":
+        return Conditions(self.context[rows], self.pooled[rows], self.sizes[rows])
 
 
 class Sayer:
@@ -98,20 +97,24 @@ def walked(
     to: Conditions,
     kind: str,
     guide: Guidance,
+    *,
     stride: int = 1,
 ) -> Tensor:
     """Latents after ``count`` steps from each row's place ``first`` ``[B]`` in the schedule, ``stride`` places a step.
 
-    A row's last step is the shorter one that ends at the clean latent; there it stays.
+    A row's last step is the shorter one that ends at the clean latent; there it stays. Guided rows all go as far.
     """
-    end = len(schedule.timesteps)
+    x, end = x.clone(), len(schedule.timesteps)
     for i in range(count):
-        here = first + i * stride
-        there, arrived = (here + stride).clamp_max(end), here >= end
-        here = here.clamp_max(end - 1)
-        sigma, following = schedule.sigmas[here], schedule.sigmas[there]
-        clean = denoised(unet, x, sigma, schedule.timesteps[here], to, kind, guide)
-        x = torch.where(per_row(arrived, x), x, euler_step(x, clean, sigma, following))
+        rows = (first + i * stride < end).nonzero()[:, 0]
+        if not len(rows):
+            break  # all have arrived
+        told = to if len(rows) == len(x) else to.picked(rows)
+        assert guide is None or told is to
+        here = first[rows] + i * stride
+        sigma, following = schedule.sigmas[here], schedule.sigmas[(here + stride).clamp_max(end)]
+        clean = denoised(unet, x[rows], sigma, schedule.timesteps[here], told, kind, guide)
+        x[rows] = euler_step(x[rows], clean, sigma, following)
     return x
 
 

@@ -50,15 +50,20 @@ def write_card(of: str, file: Path, unet: Path, students: dict[int, Files] | Non
 
 
 def with_line(text: str, key: str, value: str | list[int]) -> str:
-    line = f"{key} = {json.dumps(value)}"  # which TOML reads as well
+    line = f"{key} = {as_toml(value)}"
     return re.sub(rf"^{key} = .*$", lambda _: line, text, count=1, flags=re.M)
+
+
+def as_toml(value: str | list[int]) -> str:
+    """JSON is TOML, but for two halves of a character, which TOML wants whole, and DEL, which it wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def weights_table(folder: Path, unet: Path, students: Mapping[int, Files]) -> str:
     """The card's table of weights: whole UNets, small changes, or those alone that all steps share."""
 
     def line(key: object, path: Path) -> str:
-        return f"{key} = {json.dumps(os.path.relpath(path, folder))}"
+        return f"{key} = {as_toml(os.path.relpath(path, folder))}"
 
     wholes = {n: files.unet for n, files in students.items() if files.unet != unet}
     changes = {n: files.loras for n, files in students.items() if files.loras}

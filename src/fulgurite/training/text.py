@@ -97,7 +97,7 @@ def train_text_encoders(
     torch.manual_seed(seed)
     first, second = (CLIPTextEncoder(config).to(device) for config in card.text_encoders)
     questions = Questions(card.unet.pooled_dim, sprites).to(device)
-    sketch = Sketch(card.unet.cross_attention_dim, latents.latents.shape[1:]).to(device)
+    sketch = Sketch(card.unet.cross_attention_dim, latents.latents[:1].shape[1:]).to(device)
     networks = nn.ModuleDict(
         {"text_encoder": first, "text_encoder_2": second, "questions": questions, "sketch": sketch}
     )
