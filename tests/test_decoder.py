@@ -17,7 +17,7 @@ from fulgurite.training import decoder, recipe
 from fulgurite.training.decoder import (
     BACK,
     STEPS,
-    PictureJudge,
+    PatchDiscriminator,
     adversarial,
     as_drawn,
     refine_decoder,
@@ -66,41 +66,41 @@ def test_latents_are_walked_back_from_each_of_the_last_steps_and_made_once(
 
 def test_each_side_learns_by_its_own_loss() -> None:
     torch.manual_seed(0)
-    judge, renders = PictureJudge(), torch.rand(2, 3, 64, 64) * 2 - 1
+    discriminator, renders = PatchDiscriminator(), torch.rand(2, 3, 64, 64) * 2 - 1
     again = (renders + 0.3 * torch.randn_like(renders)).requires_grad_()
     errors = reconstruction_losses(renders, again)["squared"]
-    losses = adversarial(judge, renders, again, errors, 0.5)
+    losses = adversarial(discriminator, renders, again, errors, 0.5)
     (asked,) = torch.autograd.grad(errors, again, retain_graph=True)
     losses["adversarial"].backward()
-    assert all(parameter.grad is None for parameter in judge.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
     slope, again.grad = again.grad, None
     assert slope.norm() == pytest.approx(0.5 * asked.norm().item(), rel=1e-3)
     nearer = (again - 0.02 * slope / slope.abs().max()).detach().requires_grad_()
-    assert adversarial(judge, renders, nearer, nearer.sum(), 0.5)["adversarial"] < losses["adversarial"]
-    (losses["judge"] + losses["unsteady"]).backward()
+    assert adversarial(discriminator, renders, nearer, nearer.sum(), 0.5)["adversarial"] < losses["adversarial"]
+    (losses["discriminator"] + losses["unsteady"]).backward()
     assert again.grad is None
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in judge.parameters())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in discriminator.parameters())
 
 
-def test_a_judge_comes_to_tell_renders_from_what_is_blurred() -> None:
+def test_a_discriminator_comes_to_tell_renders_from_what_is_blurred() -> None:
     torch.manual_seed(0)
-    judge = PictureJudge((8, 16, 16))
-    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
+    discriminator = PatchDiscriminator((8, 16, 16))
+    optimizer = torch.optim.AdamW(discriminator.parameters(), 3e-3)
     for _ in range(30):
         renders = (torch.rand(4, 3, 8, 8) > 0.5).float().repeat_interleave(8, 2).repeat_interleave(8, 3) * 2 - 1
         again = torch.nn.functional.avg_pool2d(renders, 5, 1, 2).requires_grad_()
-        losses = adversarial(judge, renders, again, again.square().mean(), 1.0)
-        (losses["judge"] + losses["unsteady"]).backward()
+        losses = adversarial(discriminator, renders, again, again.square().mean(), 1.0)
+        (losses["discriminator"] + losses["unsteady"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert judge(renders)[0].mean() > 0.5
-    assert judge(again)[0].mean() < -0.5
+    assert discriminator(renders)[0].mean() > 0.5
+    assert discriminator(again)[0].mean() < -0.5
 
 
 def test_a_decoder_that_stopped_goes_on_to_the_same_one_beside_the_same_encoder(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stops once before there is a judge, and once after."""
+    """It stops once before there is a discriminator, and once after."""
     drawn, before = ground.latents.latents, deepcopy(ground.vae)
     whole = replace(ground, vae=deepcopy(before))
     refine_decoder(drawn, whole, small_sprites(), tmp_path / "whole", 6)
@@ -118,11 +118,11 @@ def test_a_decoder_that_stopped_goes_on_to_the_same_one_beside_the_same_encoder(
 
 
 def test_a_decoder_learns_what_scenes_look_like(ground: Ground, tmp_path: Path) -> None:
-    """At first by itself, then against a judge."""
+    """At first by itself, then against a discriminator."""
     refine_decoder(ground.latents.latents, ground, small_sprites(), tmp_path / "decoder", 100)
     log = [json.loads(line) for line in (tmp_path / "decoder/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [50, 100]
-    assert ["judge" in row for row in log] == [False, True]
+    assert ["discriminator" in row for row in log] == [False, True]
     assert log[1]["squared"] < 0.8 * log[0]["squared"]
 
 

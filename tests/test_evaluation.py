@@ -15,8 +15,9 @@ from small_sdxl import VAE as SMALL_VAE
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
-from fulgurite.training import evaluation, negatives, reader
-from fulgurite.training.evaluation import Judged, Way, evaluate, ways_of
+from fulgurite.training import evaluation as evaluation_module
+from fulgurite.training import negatives, reader
+from fulgurite.training.evaluation import Evaluation, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.negatives import shared_tags
@@ -40,14 +41,14 @@ def sprites() -> Sprites:
 
 
 @pytest.fixture
-def judged(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judged:
+def evaluation(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
     monkeypatch.setattr(reader, "PICTURES", 130)
     for name, value in {"REFERENCE": 12, "CHUNK": 4, "BATCH": 3, "AMONG": 5}.items():
-        monkeypatch.setattr(evaluation, name, value)
-    return judge(sprites, tmp_path, Run())
+        monkeypatch.setattr(evaluation_module, name, value)
+    return an_evaluation(sprites, tmp_path, Run())
 
 
-def judge(sprites: Sprites, folder: Path, run: Run, tokens: int = 24) -> Judged:
+def an_evaluation(sprites: Sprites, folder: Path, run: Run, tokens: int = 24) -> Evaluation:
     """``tokens``: how many the model under evaluation reads of a prompt."""
     torch.manual_seed(0)
     write_tokenizer(folder)
@@ -57,12 +58,12 @@ def judge(sprites: Sprites, folder: Path, run: Run, tokens: int = 24) -> Judged:
         (tokenizer, tokenizer), tuple(CLIPTextEncoder(config).bfloat16().eval() for config in (FIRST, SECOND)),
         UNet(UNET), VAE(SMALL_VAE).bfloat16().eval(), "v",
     )  # fmt: skip
-    return Judged(CARD, networks, sprites, folder / "evaluation", 10, 1, run)
+    return Evaluation(CARD, networks, sprites, folder / "evaluation", 10, 1, run)
 
 
-def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+def test_a_chunk_is_drawn_once_whatever_stops_a_run(evaluation: Evaluation, sprites: Sprites, tmp_path: Path) -> None:
     way = Way("teacher, 2 steps", tmp_path / "unet.safetensors", (), 2, guided=True)
-    whole = evaluate(judged, [way])
+    whole = evaluate(evaluation, [way])
     assert [(s.name, s.pictures) for s in whole] == [("renders", 10), ("renders, autoencoded", 10), (way.name, 10)]
     [kept_in] = (tmp_path / "evaluation").glob("teacher-2-steps-*")
     chunks = sorted(kept_in.iterdir())
@@ -70,14 +71,16 @@ def test_a_chunk_is_drawn_once_whatever_stops_a_run(judged: Judged, sprites: Spr
     kept = np.load(chunks[1])
     chunks[1].unlink()
     with pytest.raises(TimeIsUpError, match="at picture 4 of 10 of: teacher, 2 steps"):
-        evaluate(judge(sprites, tmp_path, Run(until=0)), [way])
-    assert evaluate(judged, [way]) == whole
+        evaluate(an_evaluation(sprites, tmp_path, Run(until=0)), [way])
+    assert evaluate(evaluation, [way]) == whole
     np.testing.assert_array_equal(np.load(chunks[1]), kept)
     table = (tmp_path / "evaluation/scores.md").read_text().splitlines()
     assert len(table) == 2 + 3
 
 
-def test_a_part_of_a_table_is_made_once_whatever_stops_a_run(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+def test_a_part_of_a_table_is_made_once_whatever_stops_a_run(
+    evaluation: Evaluation, sprites: Sprites, tmp_path: Path
+) -> None:
     made: list[str] = []
 
     def make(name: str) -> list[str]:
@@ -85,22 +88,22 @@ def test_a_part_of_a_table_is_made_once_whatever_stops_a_run(judged: Judged, spr
         return [f"| {name} | 1 |"]
 
     parts = {(name, "1a"): partial(make, name) for name in ("one", "two, twice")}
-    judged.table("things", ("name", "count"), {("one", "1a"): parts["one", "1a"]})
+    evaluation.table("things", ("name", "count"), {("one", "1a"): parts["one", "1a"]})
     with pytest.raises(TimeIsUpError, match="at two, twice of things"):
-        judge(sprites, tmp_path, Run(until=0)).table("things", ("name", "count"), parts)
-    table = judged.table("things", ("name", "count"), parts)
+        an_evaluation(sprites, tmp_path, Run(until=0)).table("things", ("name", "count"), parts)
+    table = evaluation.table("things", ("name", "count"), parts)
     assert table.splitlines() == ["| name | count |", "|---|---|", "| one | 1 |", "| two, twice | 1 |"]
     assert made == ["one", "two, twice"]
-    judged.table("things", ("name", "count"), {("one", "2b"): partial(make, "one")})
+    evaluation.table("things", ("name", "count"), {("one", "2b"): partial(make, "one")})
     assert made == ["one", "two, twice", "one"]  # of other weights
 
 
-def test_what_is_kept_of_other_weights_is_not_used(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
+def test_what_is_kept_of_other_weights_is_not_used(evaluation: Evaluation, sprites: Sprites, tmp_path: Path) -> None:
     way = Way("student, 2 steps", tmp_path / "unet.safetensors", (), 2, guided=False)
-    before = evaluate(judged, [way])
+    before = evaluate(evaluation, [way])
     torch.manual_seed(1)
     save_file(dict(roughened(UNet(UNET)).state_dict()), way.unet)
-    after = evaluate(judged, [way])
+    after = evaluate(evaluation, [way])
     assert after[:2] == before[:2]
     assert after[2] != before[2]
 
@@ -136,15 +139,15 @@ def test_negative_prompts_are_asked_where_tags_leave_a_choice() -> None:
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_what_a_negative_prompt_takes_away_is_counted(
-    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guided: bool
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guided: bool
 ) -> None:
-    """A judge that sees a tulip where a seed's picture is as without the negative prompt, else by turns rose and fox.
+    """It sees a tulip where a seed's picture is as without the negative prompt, else by turns rose and fox.
 
     So the rows with it would not fall to none if it were ignored.
     """
     names, flowers = ("fox", "rose", "tulip", "lily"), ("flower",)
     things = [Thing(name, () if name == "fox" else flowers, "", "", {}) for name in names]
-    monkeypatch.setattr(judged, "sprites", Sprites(things, judged.sprites.pixels))
+    monkeypatch.setattr(evaluation, "sprites", Sprites(things, evaluation.sprites.pixels))
     shown: list[torch.Tensor] = []
 
     def features(pictures: torch.Tensor) -> torch.Tensor:
@@ -153,8 +156,8 @@ def test_what_a_negative_prompt_takes_away_is_counted(
         return torch.eye(4)[[2 if same[i] else i % 2 for i in range(len(same))]]
 
     reader = SimpleNamespace(pictures=features, captions=lambda said: said, likeness=lambda seen, said: seen)
-    monkeypatch.setattr(judged, "reader", reader)
-    table = negatives.negatives(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided)], 4)
+    monkeypatch.setattr(evaluation, "reader", reader)
+    table = negatives.negatives(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided)], 4)
     rows = [line.split(" | ")[:4] for line in table.splitlines()[2:]]
     assert rows == [
         ["| way, no negative prompt", "4", "100 % (51 to 100)", "100 % (51 to 100)"],
@@ -165,10 +168,12 @@ def test_what_a_negative_prompt_takes_away_is_counted(
     ]
 
 
-def test_models_that_read_otherwise_have_the_same_judge(judged: Judged, sprites: Sprites, tmp_path: Path) -> None:
-    other = judge(sprites, tmp_path, Run(), tokens=12)
-    assert torch.equal(other.said, judged.said)
-    assert not torch.equal(other.say(["a fox"], (64, 64)).context, judged.say(["a fox"], (64, 64)).context)
+def test_models_that_read_otherwise_have_the_same_evaluator(
+    evaluation: Evaluation, sprites: Sprites, tmp_path: Path
+) -> None:
+    other = an_evaluation(sprites, tmp_path, Run(), tokens=12)
+    assert torch.equal(other.said, evaluation.said)
+    assert not torch.equal(other.say(["a fox"], (64, 64)).context, evaluation.say(["a fox"], (64, 64)).context)
 
 
 def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:
@@ -181,13 +186,13 @@ def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites
     assert {name for name, _ in seen} == set(THINGS)
 
 
-def test_styles_that_come_are_counted(judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A judge that goes by the darkest of a picture: each pair's sprite is a grey of its own.
+def test_styles_that_come_are_counted(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluator that goes by the darkest of a picture: each pair's sprite is a grey of its own.
 
     But held-out pairs are as dark as the pair of the same thing that is shown; and what is drawn is no pair at all.
     """
     things = [
-        replace(thing, sprites={"3d": 2 * i, "cartoon": 2 * i + 1}) for i, thing in enumerate(judged.sprites.things)
+        replace(thing, sprites={"3d": 2 * i, "cartoon": 2 * i + 1}) for i, thing in enumerate(evaluation.sprites.things)
     ]
     greys = np.arange(2 * len(things)) * 8
     for thing in things:
@@ -195,15 +200,15 @@ def test_styles_that_come_are_counted(judged: Judged, tmp_path: Path, monkeypatc
             greys[thing.sprites[style]] = greys[thing.sprites["3d"]]
     pixels = np.broadcast_to(greys[:, None, None, None], (len(greys), SPRITE, SPRITE, 4)).astype(np.uint8)
     pixels = np.concatenate([pixels[..., :3], np.full_like(pixels[..., :1], 255)], axis=-1)
-    monkeypatch.setattr(judged, "sprites", Sprites(things, pixels))
+    monkeypatch.setattr(evaluation, "sprites", Sprites(things, pixels))
 
     def likeness(darkest: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
         return -(darkest[:, None] - torch.arange(len(said)) * 8 / 127.5 + 1).abs()
 
     reader = SimpleNamespace(pictures=lambda x: x.amin(dim=(1, 2, 3)), captions=lambda said: said, likeness=likeness)
-    monkeypatch.setattr(judged, "reader", reader)
+    monkeypatch.setattr(evaluation, "reader", reader)
     pairs = len([thing for thing in things if held_out_style(thing)])
-    rows = styles(judged, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 3).splitlines()[2:]
+    rows = styles(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 3).splitlines()[2:]
     assert [row.split(" (")[0] for row in rows[:2]] == [
         f"| renders, held out | {pairs} | {3 * pairs} | 0 %",
         f"| renders, shown | {pairs} | {3 * pairs} | 100 %",

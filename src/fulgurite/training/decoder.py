@@ -2,7 +2,8 @@
 
 What a UNet ends with is not what an encoder says: outlines are softer, plain areas uneven. So scenes' latents are
 noised part of the way and walked back as serving walks, and the decoder learns to make of that what the scene's render
-was: by pixels' errors, and in the end from a judge of patches besides (Rombach et al., arXiv 2112.10752, section 3.1).
+was: by pixels' errors, and in the end from a discriminator of patches besides (Rombach et al., arXiv 2112.10752,
+section 3.1).
 """
 
 from itertools import pairwise
@@ -29,11 +30,11 @@ from fulgurite.training.vae import reconstruction_losses, to_pixels
 LESSONS = 8000  # scenes, at most
 STEPS, BACK = 8, 4  # of the schedule; and how many of its last the latents are walked, at most
 LATENT_NOISE = 0.05  # of unit scale, besides
-JUDGED_AFTER = 0.55  # of the updates: before, the judge would learn what pixels' errors mend anyway
-RISE = 300  # updates, over which what the judge asks for comes to weigh as much as pixels' errors
+ADVERSARIAL_AFTER = 0.55  # of the updates: before, the discriminator would learn what pixels' errors mend anyway
+RISE = 300  # updates, over which what the discriminator asks for comes to weigh as much as pixels' errors
 MATCHING = 5.0  # weight of that features match, beside that pictures are taken for renders
-NEAR = 0.05  # noise, of renders, within which the judge is to say the same
-PEAK, JUDGES_PEAK = 5e-4, 4e-4  # learning rates
+NEAR = 0.05  # noise, of renders, within which the discriminator is to say the same
+PEAK, DISCRIMINATOR_PEAK = 5e-4, 4e-4  # learning rates
 
 
 def as_drawn(ground: Ground, folder: Path) -> np.ndarray:
@@ -74,8 +75,8 @@ def drawn_again(ground: Ground, latents: np.ndarray) -> np.ndarray:
     return np.concatenate(chunks)
 
 
-class PictureJudge(nn.Module):
-    """Judges patches of pictures (PatchGAN: Isola et al., arXiv 1611.07004, section 3.2.2)."""
+class PatchDiscriminator(nn.Module):
+    """Tells renders' patches from the decoder's (PatchGAN: Isola et al., arXiv 1611.07004, section 3.2.2)."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
         super().__init__()
@@ -94,29 +95,31 @@ class PictureJudge(nn.Module):
         return self.conv_out(features[-1]), features
 
 
-def adversarial(judge: PictureJudge, renders: Tensor, again: Tensor, errors: Tensor, share: float) -> dict[str, Tensor]:
+def adversarial(
+    discriminator: PatchDiscriminator, renders: Tensor, again: Tensor, errors: Tensor, share: float
+) -> dict[str, Tensor]:
     """Both sides' losses on decoded pictures ``again``; each reaches its own side's weights alone.
 
-    The decoder's are that it be taken for renders, and that the judge find in it what it finds in the render (feature
-    matching: arXiv 1711.11585, section 3.2). They move pictures by a share of what pixels' ``errors`` do, as in arXiv
-    2012.09841, section 3.2, but at the pixels. All in float32: in bfloat16 on a CPU a judge's gradients were at times
-    not numbers.
+    The decoder's are that it be taken for renders, and that the discriminator find in it what it finds in the render
+    (feature matching: arXiv 1711.11585, section 3.2). They move pictures by a share of what pixels' ``errors`` do, as
+    in arXiv 2012.09841, section 3.2, but at the pixels. All in float32: in bfloat16 on a CPU a discriminator's
+    gradients were at times not numbers.
     """
     shown = again.detach().requires_grad_()
-    fooled, mine = judge(shown)
+    fooled, mine = discriminator(shown)
     with torch.no_grad():
-        _, wanted = judge(renders)
+        _, wanted = discriminator(renders)
     unlike = torch.stack([(a - b).abs().mean() for a, b in zip(mine, wanted, strict=True)]).mean()
     taken = student_loss([fooled])
     (slope,) = torch.autograd.grad(taken + MATCHING * unlike, shown)
     (asked,) = torch.autograd.grad(errors, again, retain_graph=True)
     slope *= share * asked.norm() / slope.norm().clamp_min(1e-12)
     near = renders + NEAR * torch.randn_like(renders)
-    logits, _ = judge(torch.cat([renders, shown.detach(), near]))
+    logits, _ = discriminator(torch.cat([renders, shown.detach(), near]))
     real, fake, still = logits.chunk(3)
     return {
         "adversarial": taken.detach() + ((again - shown.detach()) * slope).sum(),
-        "judge": discriminator_loss([real], [fake]),
+        "discriminator": discriminator_loss([real], [fake]),
         "unsteady": STEADY * unsteadiness([real], [still]),
     }
 
@@ -132,10 +135,10 @@ def refine_decoder(
     vae, run = ground.vae, ground.run
     torch.manual_seed(seed)
     decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
-    judge, after = PictureJudge(), int(JUDGED_AFTER * steps)
-    networks = nn.ModuleDict({"decoding": decoding, "judge": judge})
+    discriminator, after = PatchDiscriminator(), int(ADVERSARIAL_AFTER * steps)
+    networks = nn.ModuleDict({"decoding": decoding, "discriminator": discriminator})
     networks.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parts = {"decoding": Part(PEAK), "judge": Part(JUDGES_PEAK, after)}
+    parts = {"decoding": Part(PEAK), "discriminator": Part(DISCRIMINATOR_PEAK, after)}
     stage = Stage(folder, networks, parts, steps, decay=0.998, run=run)
     while stage.step < steps:
         picks = seeded("decoder", seed, stage.number).choices(range(len(drawn)), k=batch)
@@ -149,7 +152,7 @@ def refine_decoder(
         losses = reconstruction_losses(pixels, again)
         if stage.step >= after:
             errors, share = torch.stack(list(losses.values())).sum(), min(1.0, (stage.step - after) / RISE)
-            losses |= adversarial(judge, pixels, again, errors, share)
+            losses |= adversarial(discriminator, pixels, again, errors, share)
         stage.update(losses)
     decoding.load_state_dict(stage.average["decoding"].state_dict())
     vae.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
-"""How well a model draws what it is told, by an evaluator of its own (``reader.py``, called the judge below).
+"""How well a model draws what it is told, by an evaluator of its own (``reader.py``).
 
-Of pictures drawn from held-out captions: how often the judge finds a picture's caption among 100, and the Frechet
+Of pictures drawn from held-out captions: how often the evaluator finds a picture's caption among 100, and the Frechet
 distances (Heusel et al., arXiv 1706.08500) of its features of them to those of held-out renders: of whole pictures, and
 of a part of each at full size, as the distillation's paper has both. What renders themselves get is the ceiling.
 """
@@ -113,8 +113,8 @@ def named(who: str, steps: int) -> str:
     return f"{who}, {steps} step{'s' * (steps > 1)}"
 
 
-class Judged:
-    """A model under evaluation: its networks, held-out captions, and what the judge makes of pictures of them.
+class Evaluation:
+    """A model under evaluation: its networks, held-out captions, and what the evaluator makes of pictures of them.
 
     Features of pictures are kept in ``folder``, a file for each way and chunk of captions: a run that stopped goes on
     there. Of other weights or other data nothing that is kept is used.
@@ -130,7 +130,7 @@ class Judged:
         steps: int,
         run: Run = HERE,
     ) -> None:
-        """``steps``: of the judge's training. The networks are in half precision."""
+        """``steps``: of the evaluator's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
         self.data = fingerprint(self.scenes, steps, "whole", "close up")
@@ -150,7 +150,7 @@ class Judged:
         return fingerprint(self.model, way.unet, *way.loras)
 
     def kept(self, name: str, made_of: str, count: int, pictures: Callable[[int, int], Tensor]) -> np.ndarray:
-        """The judge's features ``[N, 2, F]`` of ``count`` pictures, whole and a part of each, chunk by chunk.
+        """The evaluator's features ``[N, 2, F]`` of ``count`` pictures, whole and a part of each, chunk by chunk.
 
         ``pictures``: those of the numbers ``start`` to ``stop``, ``[N, 3, H, W]``.
         """
@@ -249,20 +249,20 @@ def through(vae: VAE, pictures: Tensor) -> Tensor:
         return vae.decode(mean).float().clamp(-1, 1).cpu()
 
 
-def evaluate(judged: Judged, ways: Sequence[Way]) -> list[Score]:
+def evaluate(evaluation: Evaluation, ways: Sequence[Way]) -> list[Score]:
     """Scores of renders and of every way, told as they come, and kept as ``scores.md`` and ``scores.json``."""
     drawn_by: list[tuple[str, str, Callable[[int, int], Tensor]]] = [
-        ("renders", judged.data, judged.renders),
-        ("renders, autoencoded", judged.model, judged.autoencoded),
+        ("renders", evaluation.data, evaluation.renders),
+        ("renders, autoencoded", evaluation.model, evaluation.autoencoded),
     ]
-    drawn_by += [(way.name, judged.made_of(way), judged.drawn_by(way)) for way in ways]
+    drawn_by += [(way.name, evaluation.made_of(way), evaluation.drawn_by(way)) for way in ways]
     scores = []
     for drawer in drawn_by:
-        scores.append(judged.score(*drawer))
+        scores.append(evaluation.score(*drawer))
         print(as_row(scores[-1]), flush=True)
     table = "| drawn by | captions | retrieval | distance | close up |\n|---|---|---|---|---|\n"
-    (judged.folder / "scores.md").write_text(table + "".join(f"{as_row(s)}\n" for s in scores))
-    (judged.folder / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1))
+    (evaluation.folder / "scores.md").write_text(table + "".join(f"{as_row(s)}\n" for s in scores))
+    (evaluation.folder / "scores.json").write_text(json.dumps([asdict(s) for s in scores], indent=1))
     return scores
 
 

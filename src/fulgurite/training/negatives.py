@@ -1,7 +1,7 @@
 """Whether negative prompts work: where a prompt leaves open what is drawn, naming what it draws should take that away.
 
 Prompts are tags that several things share ("a flower"), the negative prompt names the thing that is drawn most often
-("tulip"), and the judge says what each picture shows. Noise is the same with and without the negative prompt, so one
+("tulip"), and the evaluator says what each shows. Noise is the same with and without the negative prompt, so one
 without effect leaves every share as it was. What the prompt itself names is not asked: then both predictions hold it,
 and there is no difference to be guided by. An unrelated thing's name tells how much any negative prompt disturbs.
 
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from fulgurite.models import AttentionGuidance, UNet
-from fulgurite.training.evaluation import Judged, Way, share
+from fulgurite.training.evaluation import Evaluation, Way, share
 from fulgurite.training.reader import seen
 from fulgurite.training.scenes import a_or_an, plain
 from fulgurite.training.sources import Thing
@@ -54,11 +54,11 @@ def shared_tags(things: Sequence[Thing]) -> list[str]:
 
 @torch.no_grad()
 def things_drawn(
-    judged: Judged, unet: UNet, way: Way, prompt: str, negative: str, strength: float, count: int
+    evaluation: Evaluation, unet: UNet, way: Way, prompt: str, negative: str, strength: float, count: int
 ) -> tuple[list[Thing], float]:
-    """What the judge finds in pictures of the first ``count`` seeds, of all things, and the seconds of the steps."""
-    card, things, shape = judged.card, judged.sprites.things, judged.card.native_shapes[0]
-    to, away = judged.say([prompt] * count, shape), judged.say([negative] * count, shape)
+    """What is found in pictures of the first ``count`` seeds, of all things, and the seconds of the steps."""
+    card, things, shape = evaluation.card, evaluation.sprites.things, evaluation.card.native_shapes[0]
+    to, away = evaluation.say([prompt] * count, shape), evaluation.say([negative] * count, shape)
     guide: Guidance = None
     if way.guided:
         guide = Guide(away, strength)
@@ -68,21 +68,21 @@ def things_drawn(
     began = time.perf_counter()
     latents = drawn(unet, card, shape, to, guide, range(count), way.steps).cpu()
     seconds = time.perf_counter() - began
-    features = judged.reader.pictures(seen(decoded(judged.vae, latents.to(to.context.device))).cpu())
-    said = judged.reader.captions([f"a {plain(thing)}" for thing in things])
-    return [things[i] for i in judged.reader.likeness(features, said).argmax(dim=1)], seconds
+    features = evaluation.reader.pictures(seen(decoded(evaluation.vae, latents.to(to.context.device))).cpu())
+    said = evaluation.reader.captions([f"a {plain(thing)}" for thing in things])
+    return [things[i] for i in evaluation.reader.likeness(features, said).argmax(dim=1)], seconds
 
 
-def tallied(judged: Judged, way: Way, count: int) -> dict[str, Tally]:
+def tallied(evaluation: Evaluation, way: Way, count: int) -> dict[str, Tally]:
     """Without negative prompts, with them by strength, and with an unrelated thing's name; in turns, tag by tag.
 
     Where tags draw no thing often enough to take it away, there is nothing.
     """
-    unet, things, usual = judged.network(way), judged.sprites.things, judged.card.guidance_strength
+    unet, things, usual = evaluation.network(way), evaluation.sprites.things, evaluation.card.guidance_strength
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
     for tag in shared_tags(things):
         prompt = a_or_an(tag)
-        found, seconds = things_drawn(judged, unet, way, prompt, "", usual, count)
+        found, seconds = things_drawn(evaluation, unet, way, prompt, "", usual, count)
         avoided = max((thing for thing in things if tag in thing.tags), key=found.count)
         if found.count(avoided) < OFTEN * count:
             continue
@@ -90,7 +90,7 @@ def tallied(judged: Judged, way: Way, count: int) -> dict[str, Tally]:
         unrelated = random.Random(tag).choice([thing for thing in things if tag not in thing.tags])
         asked = [(f"strength {strength:g}", avoided, strength) for strength in STRENGTHS]
         for name, negative, strength in (*asked, (f"strength {usual:g}, unrelated", unrelated, usual)):
-            found, seconds = things_drawn(judged, unet, way, prompt, plain(negative), strength, count)
+            found, seconds = things_drawn(evaluation, unet, way, prompt, plain(negative), strength, count)
             tallies[name].add(found, seconds, tag, avoided)
     return tallies
 
@@ -101,12 +101,12 @@ def as_row(name: str, tally: Tally) -> str:
     return f"| {name} | {tally.pictures} | {shares} | {tally.seconds / tally.pictures:.3f} |"
 
 
-def rows_of(judged: Judged, way: Way, count: int) -> list[str]:
-    return [as_row(f"{way.name}, {name}", tally) for name, tally in tallied(judged, way, count).items()]
+def rows_of(evaluation: Evaluation, way: Way, count: int) -> list[str]:
+    return [as_row(f"{way.name}, {name}", tally) for name, tally in tallied(evaluation, way, count).items()]
 
 
-def negatives(judged: Judged, ways: Sequence[Way], count: int) -> str:
+def negatives(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
     """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a tag."""
     head = "drawn by", "pictures", "show what is to be avoided", "show what the prompt asks for", "seconds a picture"
-    parts = {(way.name, judged.made_of(way)): partial(rows_of, judged, way, count) for way in ways}
-    return judged.table("negatives", head, parts)
+    parts = {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
+    return evaluation.table("negatives", head, parts)

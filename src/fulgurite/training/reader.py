@@ -1,7 +1,7 @@
 """The evaluator of finished models: an encoder of pictures and one of captions, in one space.
 
 Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never on generated pictures. It reads
-captions by the shipped model's tokenizer, whoever is judged: models that learned other words have the same judge.
+captions by the shipped model's tokenizer, whichever model is scored: models of other words have the same evaluator.
 """
 
 import random
@@ -101,7 +101,7 @@ def seen_renders(scenes: list[Scene], sprites: Sprites) -> Tensor:
 
 
 def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) -> Reader:
-    """Trains the judge in ``folder``, going on from its checkpoint."""
+    """Trains the evaluator in ``folder``, going on from its checkpoint."""
     torch.manual_seed(0)
     reader = Reader()
     networks = nn.ModuleDict({"reader": reader})

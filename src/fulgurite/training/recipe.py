@@ -16,7 +16,7 @@ from fulgurite.models import VAE, Tokenizer
 from fulgurite.models.tokenizer import END, words_of
 from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
-from fulgurite.training.evaluation import Judged, evaluate, ways_of
+from fulgurite.training.evaluation import Evaluation, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
@@ -39,7 +39,7 @@ from fulgurite.weights.load import load_folder, locate
 MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
-READER_STEPS = 1500  # of the judge that evaluates
+READER_STEPS = 1500  # of the evaluator
 LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts and styles are evaluated
 EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
 
@@ -187,12 +187,12 @@ def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Pre
     of_model = card(MODEL)
     networks = load_folder(model, of_model, run.device, torch.bfloat16)
     sprites = Data.built(work, preset).sprites
-    judged = Judged(of_model, networks, sprites, work / "evaluation", count, READER_STEPS, run)
+    evaluation = Evaluation(of_model, networks, sprites, work / "evaluation", count, READER_STEPS, run)
     ways = ways_of(model / UNET_FILE, students)
-    evaluate(judged, ways)
+    evaluate(evaluation, ways)
     closer = [way for way in ways if way.name in LOOKED_INTO]
-    styles(judged, closer, EACH)
-    negatives(judged, closer, EACH)
+    styles(evaluation, closer, EACH)
+    negatives(evaluation, closer, EACH)
 
 
 def train(work: Path, out: Path, preset: Preset, run: Run) -> None:

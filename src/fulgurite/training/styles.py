@@ -1,6 +1,6 @@
 """Whether styles carry over: things drawn in a style that training never showed them in, asked for by name.
 
-Beside them the same things in the styles that it did show, and renders of both, which are the judge's ceiling.
+Beside them the same things in the styles that it did show, and renders of both, which are the evaluator's ceiling.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.models import UNet
-from fulgurite.training.evaluation import Judged, Way, share
+from fulgurite.training.evaluation import Evaluation, Way, share
 from fulgurite.training.reader import rendered, seen
 from fulgurite.training.scenes import Placed, Scene, a_or_an, held_out_style, plain
 from fulgurite.training.sources import SPRITE, Thing
@@ -34,31 +34,31 @@ def pairs_by_kind(things: Sequence[Thing]) -> dict[str, list[Pair]]:
     return kinds
 
 
-def renders(judged: Judged, pair: Pair, count: int) -> Tensor:
+def renders(evaluation: Evaluation, pair: Pair, count: int) -> Tensor:
     """Renders of a thing in a style on white."""
     (thing, style), rng = pair, random.Random(asked(pair))
     sides = [rng.uniform(0.85, 0.89) for _ in range(count)]
     placed = [Placed(thing, thing.sprites[style], None, (0.5, 0.5), side) for side in sides]
-    return rendered([Scene((each,), style, ("white",), (SPRITE, SPRITE)) for each in placed], judged.sprites)
+    return rendered([Scene((each,), style, ("white",), (SPRITE, SPRITE)) for each in placed], evaluation.sprites)
 
 
-def drawn_by(judged: Judged, way: Way, unet: UNet, pair: Pair, count: int) -> Tensor:
+def drawn_by(evaluation: Evaluation, way: Way, unet: UNet, pair: Pair, count: int) -> Tensor:
     """Pictures of the first ``count`` seeds."""
-    return judged.pictures(unet, way, [asked(pair)] * count, range(count))
+    return evaluation.pictures(unet, way, [asked(pair)] * count, range(count))
 
 
 @torch.no_grad()
-def rows_of(judged: Judged, way: Way | None, count: int) -> list[str]:
+def rows_of(evaluation: Evaluation, way: Way | None, count: int) -> list[str]:
     """Lines of the table for pictures that a way draws, or for renders."""
     name = way.name if way else "renders"
-    look = partial(drawn_by, judged, way, judged.network(way)) if way else partial(renders, judged)
-    known = [(thing, style) for thing in judged.sprites.things for style in thing.sprites]
-    said = judged.reader.captions([asked(pair) for pair in known])
+    look = partial(drawn_by, evaluation, way, evaluation.network(way)) if way else partial(renders, evaluation)
+    known = [(thing, style) for thing in evaluation.sprites.things for style in thing.sprites]
+    said = evaluation.reader.captions([asked(pair) for pair in known])
     rows = []
-    for kind, pairs in pairs_by_kind(judged.sprites.things).items():
+    for kind, pairs in pairs_by_kind(evaluation.sprites.things).items():
         right, styled = 0, 0
         for pair in pairs:
-            likeness = judged.reader.likeness(judged.reader.pictures(seen(look(pair, count))), said)
+            likeness = evaluation.reader.likeness(evaluation.reader.pictures(seen(look(pair, count))), said)
             own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
             right += sum(known[i] == pair for i in likeness.argmax(dim=1))
             styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))
@@ -67,12 +67,12 @@ def rows_of(judged: Judged, way: Way | None, count: int) -> list[str]:
     return rows
 
 
-def styles(judged: Judged, ways: Sequence[Way], count: int) -> str:
-    """A Markdown table of how often the judge sees the pair that was asked for; ``count``: pictures a pair.
+def styles(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
+    """A Markdown table of how often the evaluator sees the pair that was asked for; ``count``: pictures a pair.
 
     Of all things in all their styles, and of the thing's own styles alone.
     """
     head = "drawn by", "pairs", "pictures", "show the pair", "of the thing's styles, show this one"
-    parts = {("renders", judged.data): partial(rows_of, judged, None, count)}
-    parts |= {(way.name, judged.made_of(way)): partial(rows_of, judged, way, count) for way in ways}
-    return judged.table("styles", head, parts)
+    parts = {("renders", evaluation.data): partial(rows_of, evaluation, None, count)}
+    parts |= {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
+    return evaluation.table("styles", head, parts)
