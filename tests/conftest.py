@@ -99,20 +99,18 @@ class FakeEngine:
         job: Future[Picture] = Future()
         self.futures.append(job)
         if request.seed in self.waits:
-            threading.Thread(target=self._end, args=(job, model, request), daemon=True).start()
+            threading.Thread(target=self._later, args=(job, model, request), daemon=True).start()
         elif not self.held:
-            self._end(job, model, request)
+            try:
+                job.set_result(self.answer(model, request))
+            except Exception as error:
+                job.set_exception(error)
         return job
 
-    def _end(self, job: Future[Picture], model: str, request: Request) -> None:
-        if request.seed in self.waits:
-            self.waits[request.seed].wait()
-        if not job.set_running_or_notify_cancel():
-            return
-        try:
+    def _later(self, job: Future[Picture], model: str, request: Request) -> None:
+        self.waits[request.seed or 0].wait()
+        if job.set_running_or_notify_cancel():
             job.set_result(self.answer(model, request))
-        except Exception as error:
-            job.set_exception(error)
 
     def cancel(self, job: Future[Picture]) -> None:
         job.cancel()
