@@ -6,6 +6,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -37,9 +38,13 @@ def wait_until_up(url: str, server: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     url, key = f"http://127.0.0.1:{free_port()}", secrets.token_urlsafe(16)
+    # With none of the user's own settings, and a ledger that is gone at the end.
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("FULGURITE_")}
     command = [sys.executable, "-m", "fulgurite", "serve", "--demo", "--port", url.rpartition(":")[2]]
     print("Starting the server:", " ".join(["fulgurite", *command[3:]]), flush=True)
-    server = subprocess.Popen(command, env=os.environ | {"FULGURITE_API_KEY": key})
+    home = tempfile.TemporaryDirectory()
+    own = {"FULGURITE_API_KEY": key, "FULGURITE_HOME": home.name, "FULGURITE_CONFIG": os.devnull}
+    server = subprocess.Popen(command, env=usual | own)
     try:
         wait_until_up(url, server)
         print(f"Sending the hosted API's published request: {CLIENT.name}, with URL and key changed", flush=True)
@@ -52,6 +57,8 @@ def main() -> None:
             server.wait(30)
         except subprocess.TimeoutExpired:
             server.kill()
+            server.wait()
+        home.cleanup()
     if client.returncode:
         sys.exit("The request failed.")
 

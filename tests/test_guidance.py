@@ -114,7 +114,9 @@ def test_a_distilled_model_draws_the_published_request_and_heeds_its_negative_pr
     assert plain.image.tobytes() == zero.image.tobytes()
     shorter = Pipeline(replace(distilled.card, guidance_tau=0.5), tiny.networks)
     assert shorter.draw(replace(asked, negative_prompt="blurry, low quality")).image.tobytes() != blurry.image.tobytes()
-    assert any("negative_prompt had no effect" in note for note in zero.notes)
+    assert "negative_prompt beside a guidance of 0: neither had an effect" in zero.notes
+    undistilled = tiny.draw(replace(asked, negative_prompt="blurry, low quality", guidance=0))
+    assert "negative_prompt beside a guidance of 0: it had no effect" in undistilled.notes
 
 
 @needs_weights

@@ -1,6 +1,8 @@
 """Models of one's own: a folder of cards, their weights beside them, as training writes both."""
 
+import re
 import shutil
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
@@ -52,6 +54,20 @@ def test_what_was_trained_draws_as_what_is_inside(
     )
     assert mine.image.tobytes() == theirs.image.tobytes()
     assert cards.card(f"local/{own}").preview_rgb == ((0.5, 0.25, 0.125),) * 17
+
+
+def test_the_manual_has_every_key_and_a_card_that_is_one() -> None:
+    manual = (Path(__file__).parents[1] / "docs/cards.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)`", "".join(line for line in manual.splitlines() if line.startswith("| `"))))
+    keys = {field.name for field in fields(cards.Card)} - {"text_encoders"} | {"text_encoder", "text_encoder_2"}
+    of_the_hub = {"base", "vae", "fast_decoder", "distilled"}
+    assert keys - {"weights"} | {field.name for field in fields(cards.Weights)} - of_the_hub <= described
+
+    indented = re.findall(r"(?:^    .*\n|^\n(?=    ))+", manual, re.M)
+    fox = cards.parse(max(indented, key=len).replace("    ", ""))
+    assert (fox.id, fox.schedules, fox.weights.path) == ("local/fox", (4,), "fox.safetensors")
+    lightning = cards.card("bytedance/stable-diffusion-xl-lightning")
+    assert (fox.unet, fox.vae, fox.text_encoders) == (lightning.unet, lightning.vae, lightning.text_encoders)
 
 
 @needs_weights

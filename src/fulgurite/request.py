@@ -107,9 +107,11 @@ def notes(card: Card, request: Request, to: Plan, tokenizers: Sequence[Tokenizer
         found.append(f"ran {to.steps} steps, the largest schedule of this model within the {request.num_steps} allowed")
     if card.native_shapes and to.drawn_size != (request.width, request.height):
         width, height = to.drawn_size
-        found.append(f"drawn at {width}x{height} and resampled to {request.width}x{request.height}")
+        cut = ", its edges cut off" if width * request.height != height * request.width else ""
+        found.append(f"drawn at {width}x{height} and resampled to {request.width}x{request.height}{cut}")
     if request.negative_prompt and request.guidance == 0:
-        found.append("negative_prompt had no effect, since guidance was 0")
+        neither = "neither had an effect" if card.schedules else "it had no effect"
+        found.append(f"negative_prompt beside a guidance of 0: {neither}")
     for name in ("prompt", "negative_prompt"):
         if any(tokenizer.encode(getattr(request, name))[1] for tokenizer in tokenizers):
             found.append(f"{name} was cut to its first {tokenizers[0].length - 2} tokens")
