@@ -19,7 +19,8 @@ def batch(number: int) -> Tensor:
 def learned(folder: Path, until: int) -> Stage:
     processes = PartialState(cpu=True)
     torch.manual_seed(3)
-    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    convolution = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)  # as those of UNets that learn
+    network = nn.Sequential(nn.Unflatten(1, (3, 1, 1)), convolution, nn.Flatten(), nn.Linear(4, 1))
     stage = Stage(folder, nn.ModuleDict({"one": network}), peak=0.1, steps=20, decay=0.9, save_every=until)
     while stage.step < until:
         numbers = [2 * stage.step, 2 * stage.step + 1] if processes.num_processes == 1 else [stage.number]

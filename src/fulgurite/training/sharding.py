@@ -32,8 +32,8 @@ class ShardedAdamW:
         self.param_groups = groups
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._owners = shares([parameter.numel() for parameter in self._parameters], dist.get_world_size())
-        self._mine = {p for p, owner in zip(self._parameters, self._owners, strict=True) if owner == dist.get_rank()}
-        own = [{"params": [p for p in group["params"] if p in self._mine]} for group in groups]
+        mine = {p for p, owner in zip(self._parameters, self._owners, strict=True) if owner == dist.get_rank()}
+        own = [{"params": [p for p in group["params"] if p in mine]} for group in groups]
         self.own = torch.optim.AdamW(own, **numbers)
         self._begun: set[int] = set()  # numbers of parameters that were ever updated, and so have a state somewhere
 
