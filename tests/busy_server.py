@@ -10,7 +10,7 @@ from conftest import Blank, engine_of
 
 from fulgurite.ledger import Ledger
 from fulgurite.pipeline import Row
-from fulgurite.server import create_app, server_for
+from fulgurite.server import create_app, listen, server_for
 from fulgurite.settings import read_settings
 
 
@@ -24,7 +24,7 @@ def serve(url: str, step_seconds: float, shutdown_seconds: int, log: Path, tell:
 
     engine, ledger = engine_of(Blank(take_time), queue_size=64), Ledger(url)
     app = create_app(engine, ledger, read_settings(shutdown_seconds=shutdown_seconds))
-    server, listener = server_for(app, "127.0.0.1", 0, shutdown_seconds)
+    server, listener = server_for(app, shutdown_seconds), listen("127.0.0.1", 0)
     tell.send(listener.getsockname()[1])
     try:
         server.run([listener])

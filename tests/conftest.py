@@ -37,7 +37,7 @@ from fulgurite.models.tokenizer import END, START
 from fulgurite.pipeline import Encoded, Row
 from fulgurite.request import OnStep, Preview, plan
 from fulgurite.sampling import trailing_schedule
-from fulgurite.server import create_app, server_for
+from fulgurite.server import create_app, listen, server_for
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks
 
@@ -229,7 +229,7 @@ def client(engine: FakeEngine, ledger: Ledger) -> Iterator[TestClient]:
 @pytest.fixture
 def address(engine: FakeEngine, ledger: Ledger) -> Iterator[str]:
     """The fake engine's server on a real socket."""
-    server, listener = server_for(create_app(engine, ledger, read_settings()), "127.0.0.1", 0, 5)
+    server, listener = server_for(create_app(engine, ledger, read_settings()), 5), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     while not server.started:

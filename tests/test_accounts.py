@@ -328,6 +328,16 @@ def test_usage(client: TestClient, ledger: Ledger) -> None:
     wrong = client.get("/api/v1/usage", headers=admin, params={"since": "yesterday"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "since")
     assert client.get("/api/v1/usage", headers={"Authorization": ""}).status_code == 401
+    for days, message in (
+        ({"since": "2026-02-02", "until": "2026-02-01"}, "since: 2026-02-02 is after the last day, 2026-02-01."),
+        ({"since": "9999-12-31"}, f"since: 9999-12-31 is after the last day, {now():%Y-%m-%d}."),
+    ):
+        wrong = client.get("/api/v1/usage", headers=admin, params=days)
+        assert (code(wrong), wrong.json()["error"]["param"]) == ((422, "invalid_parameter"), "since")
+        assert wrong.json()["error"]["message"] == message
+    wrong = client.get("/api/v1/usage", headers=admin, params={"form": "2026-02-01"})
+    assert (code(wrong), wrong.json()["error"]["param"]) == ((422, "invalid_parameter"), "form")
+    assert wrong.json()["error"]["message"] == "There is no parameter 'form'. It would be ignored, so it is refused."
 
 
 def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
@@ -365,6 +375,9 @@ def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
     wrong = ({}, {"name": ""}, {"name": "x", "credit": 5}, {"name": "x", "requests_per_minute": 0})
     for each in (*wrong, {"name": "x", "expires_at": "9999-12-31T23:59:59-05:00"}):
         assert client.post(keys, json=each, headers=admin).status_code == 422
+    past = client.post(keys, json={"name": "x", "expires_at": "2020-01-01T00:00:00Z"}, headers=admin)
+    assert (code(past), past.json()["error"]["param"]) == ((422, "invalid_parameter"), "expires_at")
+    assert past.json()["error"]["message"] == "expires_at: that is past: the key would have expired already."
 
 
 def test_of_a_new_key_nothing_is_converted(client: TestClient, ledger: Ledger) -> None:
@@ -466,8 +479,37 @@ def test_keys_on_the_command_line() -> None:
     assert "revoked" in command("keys", "revoke", key.id).stderr
     assert books.keys.find(rotated.stdout.strip()).state() == "revoked"
     books.close()
-    assert "There is no key 'key_x' in use." in command("keys", "revoke", "key_x").stderr
+    for change in ("revoke", "rotate"):
+        assert f"The key '{key.id}' is revoked, for good." in command("keys", change, key.id).stderr
+        assert "There is no key 'key_x'." in command("keys", change, "key_x").stderr
     assert "There is no model 'acme/nope'" in command("keys", "create", "x", "--model", "acme/nope").stderr
+
+
+def test_the_list_says_what_each_key_may() -> None:
+    limits = ("--model", SPARK, "--model", LIGHTNING, "--rpm", "60", "--pictures", "2", "--expires", "2126-01-01")
+    for name, flags, may in (
+        ("usual", (), "draw"),
+        ("admin", ("--admin",), "draw, manage keys"),
+        ("broke", ("--credit", "0"), "draw; $0 in all"),
+        ("bound", limits, f"draw with {SPARK}, {LIGHTNING}; 60 requests/min; 2 at once; until 2126-01-01"),
+    ):
+        command("keys", "create", name, *flags)
+        [line] = [line for line in command("keys", "list").stdout.splitlines() if f" {name} " in line]
+        assert line.partition(" active ")[2].split("  ")[0].strip() == may
+
+
+def test_commands_that_read_make_no_ledger(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "other"
+    for words in (("keys", "list"), ("usage",), ("usage", "--csv"), ("keys", "revoke", "x"), ("keys", "rotate", "x")):
+        asked = command(*words, "--home", str(there))
+        assert (asked.exit_code, asked.stdout) == (1, "")
+        assert f"Error: There is no ledger {there / 'ledger.db'}: " in asked.stderr
+    assert not there.exists()
+    monkeypatch.setenv("FULGURITE_LEDGER", f"sqlite:///{there}.db")
+    assert f"There is no ledger {there}.db: " in command("keys", "list").stderr
+    assert command("keys", "create", "x").exit_code == 0
+    assert command("keys", "list").exit_code == 0
+    assert not home.exists()
 
 
 def test_a_key_may_be_for_models_of_your_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -507,13 +549,14 @@ def test_names_are_shown_as_they_are() -> None:
         (["--pictures", "1000001"], 2, "--pictures"),
         (["--expires", "2020-01-01"], 1, "--expires: on 2020-01-01 the key would have expired already"),
         (["--expires", f"{now():%Y-%m-%d}"], 1, "--expires: "),
+        (["--expires", "tomorrow"], 2, "'tomorrow' is not a day, such as 2027-01-31."),
     ],
 )
 def test_limits_that_a_key_cannot_have(flags: list[str], exit_code: int, said: str) -> None:
     made = command("keys", "create", "x", *flags)
     assert (made.exit_code, made.stdout) == (exit_code, "")
     assert said in made.stderr
-    assert command("keys", "list").stdout.count("\n") == 1
+    assert "There is no ledger" in command("keys", "list").stderr
 
 
 def test_the_home_that_a_flag_names(home: Path, tmp_path: Path) -> None:
@@ -537,11 +580,14 @@ def test_usage_on_the_command_line(engine: FakeEngine) -> None:
         for _ in range(3):
             client.post("/api/v1", json=MADE)
     books.close()
-    row = {"day": f"{now():%Y-%m-%d}", "model": LIGHTNING, "key": key_id, "pictures": "3", "not_made": "0"}
+    row = {"day": f"{now():%Y-%m-%d}", "model": LIGHTNING, "key": key_id, "name": "a customer", "pictures": "3"}
     assert list(csv.DictReader(io.StringIO(command("usage", "--csv").stdout))) == [
-        row | {"steps": "60", "price_microdollars": "3300"}
+        row | {"not_made": "0", "steps": "60", "price_microdollars": "3300"}
     ]
-    assert "$0.0033" in command("usage").stdout
+    shown = command("usage").stdout
+    assert shown.splitlines()[0].split()[:4] == ["day", "model", "key", "name"]
+    assert shown.splitlines()[1].split()[2:5] == [key_id, "a", "customer"]
+    assert shown.splitlines()[2].split() == ["in", "all", "3", "0", "60", "$0.0033"]
     assert command("usage", "--csv", "--until", "2020-01-01").stdout.count("\n") == 1
     assert key_id in command("usage", "--key", key_id).stdout
     unknown = command("usage", "--key", "key_x")

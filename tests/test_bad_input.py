@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import HEADERS, KEY, LIGHTNING, SPARK, body, engine_of, needs_weights
+from conftest import HEADERS, KEY, LIGHTNING, SPARK, FakeEngine, body, engine_of, needs_weights
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -68,7 +68,7 @@ def test_strange_prompts_are_drawn(client: TestClient, prompt: str) -> None:
     ("field", "value"),
     [
         *[("prompt", value) for value in ("", "x", "a" * 100_001, None, 7, ["a fox"], {})],
-        *[("negative_prompt", value) for value in ("a" * 100_001, None, False)],
+        *[("negative_prompt", value) for value in ("a" * 100_001, False)],
         *[
             (side, value)
             for side in ("height", "width")
@@ -76,7 +76,7 @@ def test_strange_prompts_are_drawn(client: TestClient, prompt: str) -> None:
         ],
         *[("num_steps", value) for value in (0, 21, -1, 4.5, "4", None)],
         *[("guidance", value) for value in (float("nan"), float("inf"), float("-inf"), -0.1, 31, "7", None)],
-        *[("seed", value) for value in (-1, 2**64, 1.5, "7", None)],
+        *[("seed", value) for value in (-1, 2**64, 1.5, "7")],
         *[("sampler", "Euler"), ("Prompt", "a fox"), ("", 1), ("\x00" * 300, 1)],
     ],
     ids=lambda value: ascii(value)[:30],
@@ -87,6 +87,21 @@ def test_bad_parameters_are_refused_by_name(client: TestClient, field: str, valu
     error = response.json()["error"]
     assert error["code"] == "invalid_parameter"
     assert error["param"].startswith("data." + field[:90])
+
+
+def test_null_is_left_out(engine: FakeEngine, ledger: Ledger) -> None:
+    """So it is another's retry too, and has the operator's decoder."""
+    nothing = {"seed": None, "negative_prompt": None, "decoder": None}
+    with TestClient(create_app(engine, ledger, read_settings(fast_decoder=(SPARK,))), headers=HEADERS) as client:
+        for asked in (body(**nothing), body()):
+            drawn = client.post("/api/v1", json=asked, headers={"Idempotency-Key": "once"})
+            assert (drawn.status_code, drawn.headers["x-fulgurite-decoder"]) == (200, "fast")
+        assert len(engine.jobs) == 1
+        asked = {"model": SPARK, "prompt": "a red fox", "n": 2} | nothing
+        assert client.post("/v1/images/generations", json=asked).status_code == 200
+    seeds = {request.seed for _, request in engine.jobs}
+    assert len(seeds) == 3
+    assert None not in seeds
 
 
 @pytest.mark.parametrize(("field", "value"), [("height", 256), ("width", 257), ("seed", 2**64 - 1), ("guidance", 0)])

@@ -84,6 +84,14 @@ def test_several_pictures_count_their_seeds_up() -> None:
 
 
 @pytest.mark.usefixtures("with_tiny")
+def test_after_the_last_seed_comes_the_first() -> None:
+    result = run("generate", "a red fox", "-o", "fox.png", "--steps", "1", "--seed", str(2**64 - 1), "-n", "2")
+    assert result.exit_code == 0
+    assert f"seed {2**64 - 1}," in result.stderr
+    assert "seed 0," in result.stderr
+
+
+@pytest.mark.usefixtures("with_tiny")
 def test_another_size_is_said() -> None:
     result = run("generate", "a red fox", "--size", "512x300", "--steps", "1")
     assert result.stdout == "output.png\n"
@@ -107,11 +115,12 @@ def test_another_size_is_said() -> None:
         (["fox", "--guidance", "-1"], "--guidance: "),
         (["fox", "--seed", "-1"], "--seed: "),
         (["fox", "--seed", str(2**64)], "--seed: "),
-        (["fox", "--seed", str(2**64 - 1), "-n", "2"], "--seed: "),
         (["fox", "--model", "acme/nope"], "There are: bytedance/stable-diffusion-xl-lightning, fulgurite/spark, "),
         (["fox", "-o", "fox.jpg"], "name it fox.png"),
         (["fox", "-o", "fox"], "name it fox.png"),
-        (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere"),
+        (["fox", "-o", "./.png"], "name it output.png."),
+        (["fox", "-o", "nowhere/fox.png"], "there is no folder nowhere."),
+        (["fox", "-o", "nowhere/../fox.png"], "there is no folder nowhere."),
         (["fox", "-o", "file.txt/fox.png"], "--output: there is no folder file.txt."),
         (["fox", "-o", f"{'f' * 300}.png"], ".png: File name too long."),
         (["fox", "-o", f"{'f' * 250}.png", "-n", "2"], "-1.png: File name too long."),
@@ -214,14 +223,53 @@ def test_a_server_that_cannot_be_made_says_why_and_leaves_nothing_open() -> None
         port = str(other.getsockname()[1])
         for flags, said in (
             (["--model", "acme/nope"], "--model: There is no model 'acme/nope' here."),
-            (["--port", port], f"Cannot listen on 127.0.0.1, port {port}: "),
+            (["--port", port], f"Cannot listen on 127.0.0.1, port {port}: Address already in use.\n"),
             (["--device", "abacus"], "--device: cannot compute on 'abacus' here: "),
         ):
             result = run("serve", *flags)
             assert result.exit_code == 1
             assert f"Error: {said}" in result.stderr
+            assert "API key" not in result.stderr or flags[0] == "--device"
             left = {thread.name for thread in set(threading.enumerate()) - before}
             assert not left & {"ledger", "engine", "engine-watchdog"}
+
+
+def test_a_webhook_secret_that_signs_nothing_is_refused_at_the_start(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir()
+    for content, said in (
+        (b"", "is empty: delete it, to have another secret made."),
+        (b" \n", "is empty: delete it, to have another secret made."),
+        (
+            b"too short\n",
+            "holds a secret of less than 16 bytes: write a longer one, or delete it, to have another made.",
+        ),
+    ):
+        (home / "webhook.secret").write_bytes(content)
+        result = run("serve", "--port", "0")
+        assert (result.exit_code, result.stderr) == (1, f"Error: {home / 'webhook.secret'} {said}\n")
+    (home / "webhook.secret").unlink()
+    (home / "webhook.secret").mkdir()
+    result = run("serve", "--port", "0")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: Cannot read or make {home / 'webhook.secret'}, which signs webhooks: ")
+    monkeypatch.setenv("FULGURITE_WEBHOOK_SECRET", "fifteen of them")
+    result = run("serve", "--port", "0")
+    said = "Error: FULGURITE_WEBHOOK_SECRET: a secret has 16 characters or more.\n"
+    assert (result.exit_code, result.stderr) == (1, said)
+
+
+def test_a_start_says_how_many_keys_are_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm = ("serve", "--port", "0", "--warm", f"{LIGHTNING}:2")  # which ends by itself
+    assert "Your API key, shown this once: " in run(*warm).stderr
+    again = run(*warm).stderr
+    assert again.startswith("1 key is active; `fulgurite keys create NAME` makes another.\n")
+    assert "fg-" not in again
+    monkeypatch.setenv("FULGURITE_API_KEY", "a-secret-of-mine")
+    again = run(*warm).stderr
+    assert again.startswith("2 keys are active; ")
+    assert "a-secret-of-mine" not in again
 
 
 def test_models_lists_the_cards() -> None:
@@ -230,14 +278,16 @@ def test_models_lists_the_cards() -> None:
     assert "1, 2, 4, 8" in result.stdout
 
 
-def test_models_and_pull_take_cards_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_take_cards_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "added", {})
     Path("cards").mkdir()
     write_card("spark.toml", Path("cards/fox.toml"), Path("cards/fox/unet/model.safetensors"))
     assert "local/fox" in run("models", "--cards", "cards").stdout
     monkeypatch.setattr(cards, "added", {})
     assert "local/fox" not in run("models").stdout
-    assert "local/fox" in run("pull", "local/hare", "--cards", "cards").stderr
+    for command in (["pull", "local/hare"], ["bench", "--model", "local/hare"]):
+        monkeypatch.setattr(cards, "added", {})
+        assert "local/fox" in run(*command, "--cards", "cards").stderr
 
 
 def test_a_table_in_a_pipe_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,12 @@ from alembic.runtime.migration import MigrationContext
 from conftest import SPARK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Connection, event, func, select
 
 from fulgurite.errors import CreditSpentError, LedgerError, UnknownKeyError
 from fulgurite.ledger import Ledger, open_ledger
 from fulgurite.ledger.database import connect, log_ahead
-from fulgurite.ledger.tables import metadata
+from fulgurite.ledger.tables import answers, metadata
 from fulgurite.records import Answer, Entry, Key, Limits, Usage, now
 from fulgurite.settings import read_settings
 
@@ -331,6 +332,14 @@ def test_a_home_that_cannot_be_written_to_says_so(home: Path, monkeypatch: pytes
         open_ledger(read_settings())
 
 
+def test_what_is_not_to_be_made_must_be_there(tmp_path: Path, postgresql_server: str) -> None:
+    """But for a server's database, which cannot be made by opening it."""
+    with pytest.raises(LedgerError, match=r"There is no ledger .*x\.db: "):
+        Ledger(f"sqlite:///{tmp_path / 'x.db'}", make=False)
+    assert not (tmp_path / "x.db").exists()
+    Ledger(postgresql_server.format("postgres"), make=False).close()
+
+
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(LedgerError, match=r"x.db: file is not a database"):
@@ -366,3 +375,41 @@ def test_a_database_that_fails_later_is_an_error_that_says_why(books: Ledger) ->
     ):
         with pytest.raises(LedgerError, match="The ledger cannot be used: "):
             ask()
+
+
+def test_a_full_disk_is_found_by_what_could_not_be_written_and_left_behind(tmp_path: Path) -> None:
+    with closing(Ledger(f"sqlite:///{tmp_path / 'books.db'}")) as books:
+        key, _ = books.keys.create("a")
+        most_pages = 1  # SQLite takes those it has already for the least
+
+        @event.listens_for(books._engine, "begin")
+        def fill(connection: Connection) -> None:
+            connection.exec_driver_sql(f"PRAGMA max_page_count = {most_pages}")
+
+        books.check()  # which writes nothing unless it has a reason
+        made = entry(key)
+        for _ in range(2):
+            with pytest.raises(LedgerError, match="disk is full"):
+                books.settle(made, answer(made, "once", content=bytes(100_000))).result(10)
+            with pytest.raises(LedgerError, match="disk is full"):
+                books.check()
+        most_pages = 1_000_000
+        books.check()
+        with books._engine.begin() as connection:
+            assert connection.execute(select(func.count()).select_from(answers)).scalar() == 0
+        most_pages = 1
+        books.check()  # as long as nothing has failed again
+
+
+def test_a_database_that_is_away_is_found(postgresql_server: str) -> None:
+    name = "t" + uuid.uuid4().hex
+    with psycopg.connect(postgresql_server.format("postgres"), autocommit=True) as other:
+        other.execute(f"CREATE DATABASE {name}")
+        with closing(Ledger(postgresql_server.format(name))) as books:
+            books.check()
+            other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            other.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+            with pytest.raises(LedgerError, match="not currently accepting connections"):
+                books.check()
+            other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            books.check()

@@ -195,6 +195,14 @@ def test_what_the_machine_lacks_is_an_error_that_says_who_asked_for_it(monkeypat
         Loader.from_settings(read_settings())
     with pytest.raises(FulguriteError, match=r"^--device: cannot compute on 'sundial' here"):
         Loader.from_settings(read_settings(device="sundial"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(FulguriteError) as caught:
+        Loader.from_settings(read_settings(device="foo"))
+    assert str(caught.value) == (
+        "--device: cannot compute on 'foo' here: that is no device's name. There are: cpu, cuda:0, cuda:1."
+    )
     with pytest.raises(FulguriteError, match=r"^--precision: float16 needs a GPU"):
         Loader.from_settings(read_settings(device="cpu", precision="float16"))
 

@@ -21,7 +21,7 @@ from fulgurite.errors import BusyError
 from fulgurite.ledger import Ledger
 from fulgurite.parameters import LEAST_SIDE, MOST_SIDE
 from fulgurite.records import Limits
-from fulgurite.server import create_app, server_for
+from fulgurite.server import create_app, listen, server_for
 from fulgurite.server.openai_images import SIZE
 from fulgurite.settings import read_settings
 
@@ -129,13 +129,18 @@ def test_a_key_that_may_have_fewer_at_once_is_told_before_any_is_made(client: Te
     asked = {"model": SPARK, "prompt": "a red fox", "n": 3}
     refused = client.post("/v1/images/generations", json=asked, headers=few)
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "n")
+    assert refused.json()["error"]["message"] == "n: this key may have 2 pictures made at once."
     assert not ledger.entries()
     assert client.post("/v1/images/generations", json=asked | {"n": 2}, headers=few).status_code == 200
+    _, secret = ledger.keys.create("one", Limits(pictures_in_flight=1))
+    refused = client.post("/v1/images/generations", json=asked, headers={"Authorization": f"Bearer {secret}"})
+    assert refused.json()["error"]["message"] == "n: this key may have 1 picture made at once."
 
 
 def test_what_is_made_when_the_server_stops_is_delivered(engine: FakeEngine, ledger: Ledger) -> None:
     engine.waits = {9: threading.Event()}
-    server, listener = server_for(create_app(engine, ledger, read_settings(shutdown_seconds=1)), "127.0.0.1", 0, 1)
+    server = server_for(create_app(engine, ledger, read_settings(shutdown_seconds=1)), 1)
+    listener = listen("127.0.0.1", 0)
     asked = {"model": LIGHTNING, "prompt": "a red fox", "n": 3, "seed": 7}
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/images/generations"
     with ThreadPoolExecutor() as threads:

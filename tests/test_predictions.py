@@ -70,6 +70,11 @@ def test_put_again_is_the_same_picture(client: TestClient, engine: FakeEngine, l
     assert len(engine.jobs) == len(ledger.entries()) == 1
     other = client.put(f"{URL}/my-own-id", json=body(prompt="a cat"))
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert other.json()["error"]["param"] == "id"
+    assert other.json()["error"]["message"].startswith("There is a prediction of this id already")
+    assert client.post(URL, json=body(), headers={"Idempotency-Key": "once"}).status_code == 201
+    other = client.post(URL, json=body(prompt="a cat"), headers={"Idempotency-Key": "once"})
+    assert (other.status_code, other.json()["error"]["param"]) == (409, "Idempotency-Key")
 
 
 def test_of_what_failed_the_log_has_more_and_the_device_keeps_nothing(
@@ -203,3 +208,6 @@ def test_another_key_sees_nothing(client: TestClient, ledger: Ledger) -> None:
 def test_bad_ids(client: TestClient, id: str) -> None:
     answer = client.put(f"{URL}/{id}", json=body())
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_parameter")
+    for method, path in (("GET", id), ("GET", f"{id}/output"), ("POST", f"{id}/cancel")):
+        answer = client.request(method, f"{URL}/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_prediction")

@@ -2,11 +2,13 @@
 
 import hashlib
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from test_weights import LORA_MODULES, kohya_names, lora_tensors
 from typer.testing import CliRunner
 
-from fulgurite import Pipeline, Request
+from fulgurite import Pipeline, Request, cards
 from fulgurite.cards import card
 from fulgurite.cli import app
 from fulgurite.errors import FulguriteError, NotPulledError
+from fulgurite.pipeline import no_fast_decoder
 from fulgurite.weights import hub, load_networks
 
 CARD = small.small_card()
+SDXL = "bytedance/stable-diffusion-xl-lightning"
 REPOS = CARD.weights.base, CARD.weights.vae, CARD.weights.fast_decoder, CARD.weights.distilled
 BASE, VAE, FAST, LIGHTNING = (repo.repo for repo in REPOS)
 REVISIONS = {repo.repo: repo.revision for repo in REPOS}
@@ -205,7 +209,7 @@ def test_it_lies_in_the_hubs_own_cache_at_the_pinned_revisions(server, tmp_path)
 
 
 def test_every_card_pins_commits():
-    weights = card("bytedance/stable-diffusion-xl-lightning").weights
+    weights = card(SDXL).weights
     for repo in (weights.base, weights.vae, weights.fast_decoder, weights.distilled):
         assert re.fullmatch(r"[0-9a-f]{40}", repo.revision), repo
 
@@ -266,9 +270,24 @@ def test_without_a_network(server, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     message = refusal(4)
-    assert message == (
-        "The hub at http://127.0.0.1:9 cannot be reached: go online and run this again, whole files are kept."
+    assert re.fullmatch(
+        r"The hub at http://127.0.0.1:9 cannot be reached \(.*refused\): "
+        r"run this again once it can; whole files are kept\.",
+        message,
     )
+
+
+def test_what_is_no_address_is_told(server, monkeypatch):
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "nonsense/{repo_id}/{revision}/{filename}")
+    assert "cannot be reached (Request URL is missing an 'http://' or 'https://' protocol)" in refusal(4)
+
+
+def test_an_error_of_the_hub_s_library_is_told_by_what_caused_it(server, monkeypatch):
+    def refused(*arguments: object, **options: object) -> str:
+        raise hub.errors.LocalEntryNotFoundError("check your connection") from OSError("403 Forbidden")
+
+    monkeypatch.setattr(hub, "hf_hub_download", refused)
+    assert "cannot be reached (403 Forbidden): " in refusal(4)
 
 
 def test_where_the_network_is_forbidden(server, monkeypatch):
@@ -282,6 +301,7 @@ def test_a_hub_that_refuses(server, status):
     message = refusal(4)
     assert message.startswith(f"The hub at {constants.ENDPOINT} did not give {CARD.id}: ")
     assert str(status) in message
+    assert "developer.mozilla.org" not in message
 
 
 def test_schedules_that_the_model_does_not_have(server):
@@ -301,6 +321,27 @@ def test_what_is_not_pulled_says_how(server):
     assert str(caught.value) == (
         f"The 8-step weights of {CARD.id} are not on this machine: `fulgurite pull {CARD.id} --steps 8`."
     )
+
+
+@pytest.mark.usefixtures("server")
+def test_what_is_not_pulled_of_a_card_of_your_own_says_where_the_card_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "added", {})
+    monkeypatch.setattr(cards, "folders", {})
+    folder = tmp_path / "my cards"
+    folder.mkdir()
+    of_package = (resources.files("fulgurite.cards") / "sdxl_lightning.toml").read_text("utf-8")
+    (folder / "fox.toml").write_text(of_package.replace(card(SDXL).id, "local/fox", 1))
+    cards.add(folder)
+    own, pulled = card("local/fox"), []
+    with pytest.raises(NotPulledError) as caught:
+        hub.cached_files(own, 8)
+    for message in (str(caught.value), str(no_fast_decoder(own, 8))):
+        [command] = re.findall("`fulgurite (.*)`", message)
+        cards.added.clear()  # as in a program of its own
+        with monkeypatch.context() as pulling:
+            pulling.setattr(hub, "pull", lambda of, steps, use_lora: pulled.append((of.id, steps)))
+            assert CliRunner().invoke(app, shlex.split(command)).exit_code == 0
+    assert pulled == [("local/fox", (8,))] * 2
 
 
 def test_weights_that_were_pulled_before_there_was_a_fast_decoder(server, monkeypatch):

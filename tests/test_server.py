@@ -25,7 +25,7 @@ from fulgurite.errors import BusyError, FulguriteError, NotPulledError, RequestE
 from fulgurite.ledger import Ledger
 from fulgurite.parameters import Parameters
 from fulgurite.picture_file import parameters, png_bytes
-from fulgurite.server import create_app
+from fulgurite.server import create_app, demo_notices
 from fulgurite.settings import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +241,14 @@ def test_demo_says_who_answers(engine: FakeEngine, ledger: Ledger) -> None:
         assert response.headers["x-fulgurite-demo"].startswith(f"Demo: {EMBEDDED}")
         assert client.get(f"/api/v1/models/{LIGHTNING}").json()["answered_by"] == EMBEDDED
         assert "x-fulgurite-demo" not in client.post("/api/v1", json=body()).headers
+
+
+def test_a_demonstration_tells_only_of_what_is_served() -> None:
+    assert demo_notices(read_settings(demo=True)) == [
+        f"Demo: {EMBEDDED}, a much smaller model, answers for {LIGHTNING}."
+    ]
+    assert demo_notices(read_settings(demo=True, models=(SPARK,))) == []
+    assert demo_notices(read_settings()) == []
 
 
 def test_a_client_that_goes_away_cancels_its_job(engine: FakeEngine, ledger: Ledger) -> None:

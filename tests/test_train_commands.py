@@ -37,6 +37,72 @@ def test_a_folder_is_one_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_folder_without_students_is_not_evaluated(tmp_path: Path) -> None:
     refused = train("evaluate", tmp_path / "work", "--students", tmp_path)
     assert (refused.exit_code, "There are no students in" in refused.output) == (1, True)
+    refused = train("evaluate", tmp_path / "other", "--students", tmp_path / "none")
+    assert (refused.exit_code, "--students" in refused.output) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(device: str, minutes: float) -> None:
+        raise AssertionError("it began")
+
+    monkeypatch.setattr(cli_training, "timed", begun)
+
+
+@pytest.mark.usefixtures("nothing_begins")
+@pytest.mark.parametrize("command", ["recipe", "distil", "decoder", "fast-decoder", "evaluate"])
+def test_a_work_folder_that_cannot_be_one_is_named_before_anything_begins(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for work, said in (
+        (file, f"Error: WORK: {file} is a file, and should be a folder.\n"),
+        (file / "x", f"Error: WORK: cannot write into the folder {file}/x: Not a directory.\n"),
+    ):
+        refused = train(command, work)
+        assert (refused.exit_code, refused.output) == (1, said)
+
+
+@pytest.mark.usefixtures("nothing_begins")
+@pytest.mark.parametrize("command", ["recipe", "distil", "decoder", "fast-decoder"])
+def test_an_out_folder_that_cannot_be_one_is_named_before_anything_begins(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    refused = train(command, tmp_path / "work", "--out", file)
+    said = f"Error: --out: {file} is a file, and should be a folder.\n"
+    assert (refused.exit_code, refused.output) == (1, said)
+
+
+@pytest.mark.usefixtures("nothing_begins")
+def test_what_goes_beside_the_out_folder_has_a_place(tmp_path: Path) -> None:
+    students = tmp_path / "fox-lightning"
+    students.touch()
+    refused = train("recipe", tmp_path / "work", "--out", tmp_path / "fox")
+    assert (refused.exit_code, f"--out: {students} is a file" in refused.output) == (1, True)
+    for out in (".", "..", "/"):
+        for command in ("recipe", "distil"):
+            refused = train(command, tmp_path / "work", "--out", out)
+            assert (refused.exit_code, f"--out: {out} has no name" in refused.output) == (1, True)
+
+
+@pytest.mark.usefixtures("nothing_begins")
+def test_distilling_sdxl_checks_its_folders_too(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    given = ("--model", tmp_path, "--pictures", tmp_path)
+    assert f"WORK: {file} is a file" in train("distil-sdxl", file, *given).output
+    assert f"--out: {file} is a file" in train("distil-sdxl", tmp_path / "work", *given, "--out", file).output
+
+
+@pytest.mark.usefixtures("nothing_begins")
+def test_a_folder_that_does_not_take_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli_training, "TemporaryFile", denied)  # whoever runs this: root may write anywhere
+    refused = train("recipe", tmp_path)
+    said = f"Error: WORK: cannot write into the folder {tmp_path}: Permission denied.\n"
+    assert (refused.exit_code, refused.output) == (1, said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

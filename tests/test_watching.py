@@ -6,15 +6,16 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-from conftest import HEADERS, KEY, SPARK, Blank, FakeEngine, Loads, body
+from conftest import HEADERS, KEY, SPARK, Blank, FakeEngine, Loads, body, wait_until
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from fulgurite import Picture, Request
 from fulgurite.engine import Engine, Runner, Stages
 from fulgurite.errors import BusyError
+from fulgurite.ledger import Ledger
 from fulgurite.pipeline import Row
-from fulgurite.server import JSONLines
+from fulgurite.server import JSONLines, metrics
 
 
 def samples(client: TestClient) -> dict[tuple[str, ...], float]:
@@ -71,6 +72,52 @@ def test_readiness_is_the_engine_s(client: TestClient, engine: FakeEngine) -> No
     assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"state": "ready"})
     engine.held = True
     assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (503, {"state": "busy"})
+
+
+def test_a_server_whose_ledger_cannot_be_used_is_not_ready(
+    client: TestClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the engine is; and once it can be used, the server is ready again, without a picture asked for."""
+    monkeypatch.setattr(metrics, "CHECK_SECONDS", 0.0)
+    with ledger._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE keys RENAME TO gone")
+    for _ in range(3):
+        ready = client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"state": "ledger_unavailable"})
+    assert caplog.text.count("not ready: The ledger cannot be used: no such table: keys.") == 1
+    with ledger._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE gone RENAME TO keys")
+    assert (client.get("/readyz").status_code, client.get("/readyz").json()) == (200, {"state": "ready"})
+
+
+def test_a_ledger_that_does_not_answer_is_not_waited_for(
+    client: TestClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "CHECK_PATIENCE", 0.01)
+    answers, begun = threading.Event(), []
+
+    def hangs() -> None:
+        begun.append(1)
+        answers.wait(30)
+
+    monkeypatch.setattr(ledger, "check", hangs)
+    for _ in range(3):
+        assert client.get("/readyz").json() == {"state": "ledger_unavailable"}
+    assert len(begun) == 1
+    answers.set()
+    wait_until(lambda: client.get("/readyz").json() == {"state": "ready"})
+
+
+def test_readiness_looks_at_the_ledger_rarely(
+    client: TestClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "CHECK_SECONDS", 60.0)
+    looked: list[int] = []
+    monkeypatch.setattr(ledger, "check", lambda: looked.append(1))
+    for _ in range(5):
+        assert client.get("/readyz").status_code == 200
+    assert len(looked) == 1
 
 
 def test_an_engine_knows_its_state() -> None:

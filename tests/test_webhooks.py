@@ -1,5 +1,6 @@
 """Webhooks, sent to a real receiver."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -134,12 +135,16 @@ def test_it_is_tried_again_with_the_same_id_and_redirects_are_not_followed(
 
 def test_giving_up_is_logged(client: TestClient, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses = [500] * 9
-    client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url})
+    asked = client.post("/api/v1/predictions", json=body() | {"webhook": receiver.url + "?token=hush"})
     receiver.wait_for(4)
     deadline = time.monotonic() + 20
     while "given up after 4 tries: answered 500" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    id = asked.json()["id"]
+    for number in range(1, 5):
+        assert caplog.text.count(f"webhook for {id}-succeeded: try {number} of 4 failed: answered 500") == 1
+    assert not [record for record in caplog.records if record.name == "fulgurite" and "hush" in record.getMessage()]
 
 
 def stopping(engine: FakeEngine, ledger: Ledger) -> TestClient:
@@ -211,13 +216,16 @@ def test_an_answer_without_end_is_not_read(client: TestClient, receiver: Receive
     assert len(receiver.got) == 1
 
 
-def test_a_secret_that_is_empty_signs_nothing(client: TestClient) -> None:
+def test_a_secret_that_is_empty_signs_nothing(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     file = read_settings().home / "webhook.secret"
     client.get("/api/v1/webhook-secret")
     assert len(file.read_bytes()) == 64
     assert [path.name for path in file.parent.glob("*") if path.name.startswith("tmp")] == []
     file.write_bytes(b"")
-    assert client.get("/api/v1/webhook-secret").status_code == 500
+    answer = client.get("/api/v1/webhook-secret")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "webhook_secret_unusable")
+    assert f"{file} is empty: delete it, to have another secret made." in caplog.text
+    assert str(file) not in answer.text
 
 
 @pytest.mark.parametrize("unreadable", [False, True], ids=["empty", "unreadable"])
@@ -247,9 +255,36 @@ def test_each_key_and_each_server_has_its_own_secret(client: TestClient, ledger:
     found = {secret(client), secret(client), secret(client, {"Authorization": f"Bearer {other}"})}
     with TestClient(create_app(engine, ledger, read_settings()), headers=HEADERS) as restarted:
         assert secret(restarted) == secret(client)
-    with TestClient(create_app(engine, ledger, read_settings(webhook_secret="x")), headers=HEADERS) as elsewhere:
+    with TestClient(create_app(engine, ledger, read_settings(webhook_secret="x" * 16)), headers=HEADERS) as elsewhere:
         found.add(secret(elsewhere))
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com?token=1",
+        "https://example.com#part",
+        "HTTPS://example.com/",
+        "http://my_app:5000/hook",
+        "Http://_app/?a@b",
+    ],
+)
+def test_urls_that_there_are(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nowhere(*_: object) -> list[str]:
+        return []
+
+    monkeypatch.setattr(webhooks.Webhooks, "_addresses", nowhere)
+    asyncio.run(webhooks.Webhooks(read_settings()).check(url))
+    webhooks.pin(httpx.Request("POST", url), "93.184.216.34")
+
+
+@pytest.mark.parametrize("url", ["https://ann:hush@example.com/", "http://ann@example.com", "http://a:@my_app:5000/"])
+def test_a_user_in_a_url_is_refused_with_the_reason(client: TestClient, url: str) -> None:
+    answer = client.post("/api/v1/predictions", json=body() | {"webhook": url})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "webhook")
+    assert answer.json()["error"]["message"].startswith("webhook: leave the user and password out")
+    assert "hush" not in answer.text
 
 
 @pytest.mark.parametrize(

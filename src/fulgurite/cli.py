@@ -112,11 +112,10 @@ def generate(
     if size is None:
         given["width"], given["height"] = card(model).usual_size
     first = checked(given)
-    checked(given | {"seed": first.seed + count - 1})
     plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded
     pipeline = Loader.from_settings(settings)(model, steps)
     for i, file in enumerate(files):
-        request = Request(**first.model_dump() | {"seed": first.seed + i})
+        request = Request(**first.model_dump() | {"seed": (first.seed + i) % 2**64})  # as the server counts
         save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)
 
 
@@ -125,9 +124,11 @@ def output_files(output: Path, count: int) -> list[Path]:
     if os.path.isdir(output):
         raise FulguriteError(f"--output: {output} is a folder: name a file in it, such as {output / 'output.png'}.")
     if output.suffix.lower() != ".png":
-        raise FulguriteError(f"--output: pictures are PNG files: name it {output.with_suffix('.png').name}.")
-    if not os.path.isdir(output.parent):
-        raise FulguriteError(f"--output: there is no folder {output.parent}.")
+        name = output.with_suffix(".png").name if output.name.lower() != ".png" else "output.png"
+        raise FulguriteError(f"--output: pictures are PNG files: name it {name}.")
+    for folder in (*reversed(output.parent.parents), output.parent):
+        if not os.path.isdir(folder):
+            raise FulguriteError(f"--output: there is no folder {folder}.")
     files = [output.with_name(f"{output.stem}-{i + 1}{output.suffix}") for i in range(count)] if count > 1 else [output]
     for file in files:
         try_to_write(file)

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fulgurite.cli_ledger import CARDS
+
 
 def bench(
     prompt: Annotated[str, typer.Argument(help="What to draw.")] = "futuristic spacecraft",
@@ -15,6 +17,7 @@ def bench(
     precision: Annotated[str | None, typer.Option(help="Number format, as in `fulgurite serve`.")] = None,
     decoder: Annotated[str, typer.Option(help="full, or the quicker fast.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that are timed, after one that is not.")] = 7,
+    cards: CARDS = None,
     price: Annotated[float | None, typer.Option(min=0, help="What this machine costs an hour, in dollars.")] = None,
 ) -> None:
     """Measures a picture part by part. The last line is JSON."""
@@ -31,7 +34,7 @@ def bench(
     from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
-    settings = read_settings(precision=precision)
+    settings = read_settings(precision=precision, cards=cards)
     add(settings.cards)
     if size is None:
         given["width"], given["height"] = card(model).usual_size

@@ -2,11 +2,11 @@
 
 import csv
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,15 +25,28 @@ CARDS = Annotated[
 MICRO = 1_000_000
 UNBOUNDED = 100_000  # columns, more than any table has
 
+
+def day(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a day, such as 2027-01-31.") from None
+
+
+def day_option(help: str) -> Any:
+    return typer.Option(parser=day, metavar="YYYY-MM-DD", help=help)
+
+
 keys = typer.Typer(no_args_is_help=True, help="API keys: who may use the server, and how much.")
 
 
 @contextmanager
-def opened(home: str | None) -> Iterator["Ledger"]:
+def opened(home: str | None, make: bool = False) -> Iterator["Ledger"]:
+    """The ledger; without ``make`` it must be there, so that a mistyped home is no empty table."""
     from fulgurite.ledger import open_ledger
     from fulgurite.settings import read_settings
 
-    ledger = open_ledger(read_settings(home=home))
+    ledger = open_ledger(read_settings(home=home), make)
     try:
         yield ledger
     finally:
@@ -43,9 +56,7 @@ def opened(home: str | None) -> Iterator["Ledger"]:
 @keys.command()
 def create(
     name: Annotated[str, typer.Argument(help="For people: whose key it is.")],
-    expires: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The first day (UTC) it is not valid.")
-    ] = None,
+    expires: Annotated[datetime | None, day_option("The first day (UTC) it is not valid.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model it may use; may be repeated. Else all.")] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option("--rpm", min=1, max=MOST_ALLOWED, help="Requests per minute.")
@@ -71,7 +82,7 @@ def create(
         raise FulguriteError(f"--expires: on {ends:%Y-%m-%d} the key would have expired already; give a later day.")
     money = micro_dollars(credit) if credit is not None else None
     limits = Limits(ends, tuple(model) if model else None, requests_per_minute, pictures, money)
-    with opened(home) as ledger:
+    with opened(home, make=True) as ledger:
         key, secret = ledger.keys.create(name, limits, admin)
     show_secret(key, secret)
 
@@ -79,9 +90,11 @@ def create(
 @keys.command("list")
 def list_keys(home: HOME = None) -> None:
     """Shows all keys, without their secrets."""
+    from fulgurite.records import dollars
+
     with opened(home) as ledger:
         known = ledger.keys.all()
-    rows = [(key.id, key.name, key.prefix, key.state(), what_it_may(key), what_it_spent(key)) for key in known]
+    rows = [(key.id, key.name, key.prefix, key.state(), what_it_may(key), "$" + dollars(key.spent)) for key in known]
     show_table(("id", "name", "begins", "state", "may", "spent"), rows, whole=("id", "begins", "state"))
 
 
@@ -102,10 +115,8 @@ def rotate(key_id: KEY_ID, home: HOME = None) -> None:
 
 
 def usage(
-    since: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The first day (UTC); else 30 days ago.")
-    ] = None,
-    until: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The last day; else today.")] = None,
+    since: Annotated[datetime | None, day_option("The first day (UTC); else 30 days ago.")] = None,
+    until: Annotated[datetime | None, day_option("The last day; else today.")] = None,
     key: Annotated[str | None, typer.Option(help="One key's id; else all.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets; prices in micro-dollars.")] = False,
     home: HOME = None,
@@ -117,30 +128,36 @@ def usage(
         raise FulguriteError(f"--since: {since:%Y-%m-%d} is after the last day, {until:%Y-%m-%d}.")
     first, end = days(since.date() if since else None, until.date() if until else None)
     with opened(home) as ledger:
-        if key is not None and key not in {known.id for known in ledger.keys.all()}:
-            raise FulguriteError(f"--key: there is no key {key!r}. `fulgurite keys list` shows the keys.")
         rows = ledger.usage(first, end, key)
+        names = {known.id: known.name for known in ledger.keys.all()}  # later, so that every row's is among them
+        if key is not None and key not in names:
+            raise FulguriteError(f"--key: there is no key {key!r}. `fulgurite keys list` shows the keys.")
     if as_csv:
-        write_usage(rows)
+        write_usage(rows, names)
     else:
-        show_usage(rows)
+        show_usage(rows, names)
 
 
-def write_usage(rows: Iterable["Usage"]) -> None:
+def write_usage(rows: Iterable["Usage"], names: Mapping[str, str]) -> None:
+    """``names``: the keys' names by their ids."""
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["day", "model", "key", "pictures", "not_made", "steps", "price_microdollars"])
-    out.writerows([row.day, row.model, row.key_id, row.pictures, row.not_made, row.steps, row.price] for row in rows)
+    out.writerow(["day", "model", "key", "name", "pictures", "not_made", "steps", "price_microdollars"])
+    for row in rows:
+        whose = row.day, row.model, row.key_id, names[row.key_id]
+        out.writerow([*whose, row.pictures, row.not_made, row.steps, row.price])
 
 
-def show_usage(rows: Iterable["Usage"]) -> None:
+def show_usage(rows: Iterable["Usage"], names: Mapping[str, str]) -> None:
     from fulgurite.records import dollars
 
-    counted = [((str(r.day), r.model, r.key_id), (r.pictures, r.not_made, r.steps, r.price)) for r in rows]
+    counted = [
+        ((str(r.day), r.model, r.key_id, names[r.key_id]), (r.pictures, r.not_made, r.steps, r.price)) for r in rows
+    ]
     if counted:
         pictures, not_made, steps, price = map(sum, zip(*(counts for _, counts in counted), strict=True))
-        counted.append((("in all", "", ""), (pictures, not_made, steps, price)))
+        counted.append((("in all", "", "", ""), (pictures, not_made, steps, price)))
     shown = [(*whose, *map(str, counts), "$" + dollars(price)) for whose, (*counts, price) in counted]
-    titles = "day", "model", "key", "pictures", "not made", "steps", "price"
+    titles = "day", "model", "key", "name", "pictures", "not made", "steps", "price"
     show_table(titles, shown, whole=("day", "model", "key"))
 
 
@@ -172,22 +189,18 @@ def show_secret(key: "Key", secret: str) -> None:
 
 
 def what_it_may(key: "Key") -> str:
-    limits = key.limits
-    parts = [
-        "manage keys" if key.admin else "",
-        f"{limits.requests_per_minute} requests/min" if limits.requests_per_minute else "",
-        f"{limits.pictures_in_flight} at once" if limits.pictures_in_flight else "",
-        ", ".join(limits.models) if limits.models is not None else "",
-        f"until {limits.expires_at:%Y-%m-%d}" if limits.expires_at else "",
-    ]
-    return "; ".join(part for part in parts if part) or "anything"
-
-
-def what_it_spent(key: "Key") -> str:
     from fulgurite.records import dollars
 
-    credit = key.limits.credit
-    return "$" + dollars(key.spent) + ("" if credit is None else " of $" + dollars(credit))
+    limits = key.limits
+    models = "" if limits.models is None else f" with {', '.join(limits.models) or 'no model'}"
+    parts = [
+        f"draw{models}, manage keys" if key.admin else f"draw{models}",
+        f"{limits.requests_per_minute} requests/min" if limits.requests_per_minute else "",
+        f"{limits.pictures_in_flight} at once" if limits.pictures_in_flight else "",
+        f"${dollars(limits.credit)} in all" if limits.credit is not None else "",
+        f"until {limits.expires_at:%Y-%m-%d}" if limits.expires_at else "",
+    ]
+    return "; ".join(part for part in parts if part)
 
 
 def micro_dollars(text: str) -> int:

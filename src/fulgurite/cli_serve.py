@@ -89,31 +89,31 @@ def run(given: dict[str, Any]) -> None:
     from fulgurite.cards import add
     from fulgurite.engine import warm_up
     from fulgurite.ledger import open_ledger
-    from fulgurite.server import JSONLines, create_app, demo_notice, server_for, url_of
-    from fulgurite.settings import DEMO, read_settings
+    from fulgurite.server import JSONLines, check_settings, create_app, demo_notices, listen, server_for, url_of
+    from fulgurite.settings import read_settings
 
     settings = read_settings(**given)
     add(settings.cards)
+    check_settings(settings)
     lines = logging.StreamHandler()
     lines.setFormatter(JSONLines())
     logging.basicConfig(level=logging.WARNING, handlers=[lines])  # others' news, such as httpx's, may hold secrets
     logging.getLogger("fulgurite").setLevel(logging.INFO)
     with ExitStack() as opened:
+        # First: where the port is taken, no key is made, since a key is shown only once.
+        listener = opened.enter_context(listen(settings.host, settings.port))
         ledger = opened.enter_context(closing(open_ledger(settings)))
         admit(settings, ledger)
         engine = engine_for(settings)
         server: Server | None = None
         # By then nobody waits for what it still draws.
         opened.callback(lambda: engine.close(server.seconds_left() if server else settings.shutdown_seconds))
-        app = create_app(engine, ledger, settings)
-        server, listener = server_for(app, settings.host, settings.port, settings.shutdown_seconds)
-        opened.enter_context(listener)
+        server = server_for(create_app(engine, ledger, settings), settings.shutdown_seconds)
         if not settings.replicas:  # they are warm
             warm_up(engine.submit, settings, say)
         say(f"Fulgurite answers at {url_of(settings.host, listener.getsockname()[1])}/api/v1")
-        if settings.demo:
-            for asked, drawn_by in DEMO.items():
-                say(demo_notice(asked, drawn_by))
+        for notice in demo_notices(settings):
+            say(notice)
         # What is here now stays: collecting garbage need not walk through all of torch again and again.
         gc.collect()
         gc.freeze()
@@ -132,9 +132,13 @@ def say(line: str) -> None:
 
 
 def admit(settings: "Settings", ledger: "Ledger") -> None:
-    """Lets the environment's key in; where no key would open anything, makes one and shows it."""
+    """Lets the environment's key in, and says how many are active; where none is, makes one and shows it."""
     ledger.keys.set_from_environment(settings.api_key.get_secret_value() if settings.api_key else None)
-    if not any(key.state() == "active" for key in ledger.keys.all()):
+    active = sum(key.state() == "active" for key in ledger.keys.all())
+    if active:
+        are = "1 key is" if active == 1 else f"{active} keys are"
+        say(f"{are} active; `fulgurite keys create NAME` makes another.")
+    else:
         _, secret = ledger.keys.create("first")
         say(f"Your API key, shown this once: {secret}")
 

@@ -3,13 +3,14 @@
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import resources
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,13 +29,22 @@ PATIENCE = timedelta(days=1)
 
 Work = Annotated[Path, typer.Argument(help="A folder for data and checkpoints; a run that stopped goes on there.")]
 Named = Annotated[str, typer.Option("--preset", help="How much of everything: cpu or gpu.")]
-Minutes = Annotated[float, typer.Option(min=0.1, help="Stops after so many; the same command resumes.")]
+Minutes = Annotated[
+    float,
+    typer.Option(
+        min=0.1,
+        help="Stops training after so many; the same command resumes. Fetching and loading are not cut short.",
+    ),
+]
 Prompts = Annotated[int, typer.Option(min=100, help="How many held-out captions are drawn.")]
 Model = Annotated[Path, typer.Option(help="The undistilled model's folder; else the one inside the package.")]
 
 
-def checked(work: Path, preset: str) -> "Preset":
-    """The preset of this name, on a machine that has what training needs, in a folder that no other preset has."""
+def checked(work: Path, preset: str, outs: Iterable[Path]) -> "Preset":
+    """The preset of this name, on a machine that has what training needs, in a folder that no other preset has.
+
+    ``outs``: the folders that --out stands for.
+    """
     needed("resvg_py")
     if shutil.which("npm") is None:
         raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
@@ -42,12 +52,35 @@ def checked(work: Path, preset: str) -> "Preset":
 
     if preset not in PRESETS:
         raise FulguriteError(f"--preset: there is no {preset!r}; there are {' and '.join(PRESETS)}.")
+    writable("WORK", work)
     for other in PRESETS.keys() - {preset}:
         if (work / f"preset-{other}").exists():
             raise FulguriteError(f"{work} holds what the preset {other} made: give {preset} a folder of its own.")
-    work.mkdir(parents=True, exist_ok=True)
+    for out in outs:
+        writable("--out", out)
     (work / f"preset-{preset}").touch()
     return PRESETS[preset]
+
+
+def writable(name: str, folder: Path) -> None:
+    """Makes the folder, if need be, and a file in it that does not stay: nothing else tells for sure that it works.
+
+    Raises FulguriteError with the name of the argument.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except FileExistsError:
+        raise FulguriteError(f"{name}: {folder} is a file, and should be a folder.") from None
+    except OSError as error:
+        raise FulguriteError(f"{name}: cannot write into the folder {folder}: {error.strerror}.") from None
+
+
+def with_cards(out: Path) -> tuple[Path, ...]:
+    """The folder of --out and the one that holds it, where the cards go."""
+    if out.name in ("", ".."):
+        raise FulguriteError(f"--out: {out} has no name, which the card beside it needs: name a folder in it.")
+    return out, out.parent
 
 
 def needed(package: str) -> None:
@@ -85,9 +118,9 @@ def timed(device: str, minutes: float) -> Iterator["Run"]:
 
 
 @contextmanager
-def started(work: Path, preset: str, minutes: float) -> Iterator[tuple["Preset", "Run"]]:
+def started(work: Path, preset: str, minutes: float, *outs: Path) -> Iterator[tuple["Preset", "Run"]]:
     """How much of everything a run of the small model's makes, and what it may use."""
-    amounts = checked(work, preset)
+    amounts = checked(work, preset, outs)
     with timed(amounts.device, minutes) as run:
         yield amounts, run
 
@@ -108,8 +141,9 @@ def recipe(
     minutes: Minutes = inf,
 ) -> None:
     """Trains the small model from nothing, distils and evaluates it, by the recipe of the one inside the package."""
+    outs = with_cards(out)
     students = out.with_name(f"{out.name}-lightning")
-    with started(work, preset, minutes) as (amounts, run):
+    with started(work, preset, minutes, *outs, students) as (amounts, run):
         from accelerate import PartialState
 
         from fulgurite.training.recipe import UNET_FILE, evaluate_in
@@ -134,7 +168,7 @@ def distil(
     minutes: Minutes = inf,
 ) -> None:
     """Distils a finished small model into students of 8, 4, 2 and 1 steps."""
-    with started(work, preset, minutes) as (amounts, run):
+    with started(work, preset, minutes, *with_cards(out)) as (amounts, run):
         from fulgurite.training.recipe import distil_from
 
         distil_from(work, model, out, amounts, run)
@@ -149,7 +183,7 @@ def decoder(
     minutes: Minutes = inf,
 ) -> None:
     """Trains a finished small model's decoder on what its UNet draws, and a fast decoder from it."""
-    with started(work, preset, minutes) as (amounts, run):
+    with started(work, preset, minutes, out) as (amounts, run):
         from fulgurite.training.recipe import decoders_from
 
         decoders_from(work, model, out, amounts, run)
@@ -164,7 +198,7 @@ def fast_decoder(
     minutes: Minutes = inf,
 ) -> None:
     """Distils a finished small model's VAE into a decoder that is several times quicker."""
-    with started(work, preset, minutes) as (amounts, run):
+    with started(work, preset, minutes, out) as (amounts, run):
         from fulgurite.training.recipe import fast_decoder_from
 
         fast_decoder_from(work, model, out, amounts, run)
@@ -173,7 +207,10 @@ def fast_decoder(
 @train.command()
 def evaluate(
     work: Work,
-    students: Annotated[Path | None, typer.Option(help="A folder of students; else those inside the package.")] = None,
+    students: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of students; else those inside the package."),
+    ] = None,
     model: Model = EMBEDDED / "spark",
     prompts: Prompts = 2000,
     preset: Named = "cpu",
@@ -206,6 +243,8 @@ def distil_sdxl(
     minutes: Minutes = inf,
 ) -> None:
     """Distils SDXL itself, on one GPU or, by accelerate launch, on many."""
+    for name, folder in (("WORK", work), ("--out", out)):
+        writable(name, folder)
     with timed("cuda", minutes) as run:
         from fulgurite.training.sdxl import distil_sdxl as run_stages
 

@@ -90,7 +90,8 @@ class LedgerError(FulguriteError):
 
 
 class UnknownKeyError(FulguriteError):
-    """No API key in use has this id."""
+    """No API key in use has this id; ``revoked``: one had."""
 
-    def __init__(self, key_id: str) -> None:
-        super().__init__(f"There is no key {key_id!r} in use. `fulgurite keys list` shows the keys.")
+    def __init__(self, key_id: str, revoked: bool = False) -> None:
+        what = f"The key {key_id!r} is revoked, for good." if revoked else f"There is no key {key_id!r}."
+        super().__init__(f"{what} `fulgurite keys list` shows the keys.")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fulgurite.cards import Card, card
+from fulgurite.cards import Card, card, pull_command
 from fulgurite.errors import NotFiniteError, NotPulledError, WeightsError
 from fulgurite.kernels import cpu, float8, int8
 from fulgurite.kernels.fused import fuse
@@ -303,10 +303,9 @@ def no_numbers(dtype: torch.dtype) -> str:
 def no_fast_decoder(card: Card, steps: int) -> WeightsError:
     """Why a model that has a fast decoder cannot use it: its weights are older than that, or somebody's own."""
     if card.weights.source == "hub":
-        command = f"fulgurite pull {card.id} --steps {steps}"
         return NotPulledError(
-            f"The fast decoder of {card.id} is not on this machine: `{command}` fetches what is missing "
-            "(with --lora where the LoRA files are used); then start again."
+            f"The fast decoder of {card.id} is not on this machine: `{pull_command(card, steps)}` fetches what is "
+            "missing (with --lora where the LoRA files are used); then start again."
         )
     return WeightsError(
         f"The weights of {card.id} are without a fast decoder: put it into the folder fast_decoder beside vae, "

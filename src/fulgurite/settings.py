@@ -15,6 +15,7 @@ from fulgurite.errors import FulguriteError
 from fulgurite.parameters import MOST_STEPS
 
 PREFIX = "FULGURITE_"
+LEAST_SECRET = 16  # characters, or bytes, of a secret that signs
 CONFIG = PREFIX + "CONFIG"  # the file's path, where it is not the usual one
 DEMO = {"bytedance/stable-diffusion-xl-lightning": "fulgurite/spark-lightning"}  # who answers for whom
 
@@ -124,6 +125,13 @@ class Settings(BaseModel):
         key = value.get_secret_value() if value else "unset"
         if not (key.isascii() and key.isprintable() and " " not in key and key):
             raise ValueError("a key is printable ASCII without spaces, so that it can be sent in a header")
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().strip()) < LEAST_SECRET:
+            raise ValueError(f"a secret has {LEAST_SECRET} characters or more")
         return value
 
     def usual_decoder(self, model: str) -> Literal["full", "fast"]:

@@ -1,6 +1,7 @@
 """Model cards: one TOML file a model. Adding a model is adding a card: here, or in a folder of one's own."""
 
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -160,6 +161,7 @@ def packaged() -> dict[str, Card]:
 
 
 added: dict[str, Card] = {}  # by ``add``
+folders: dict[str, Path] = {}  # of those, as they were named
 
 
 def add(folder: Path | None) -> None:
@@ -183,6 +185,13 @@ def add(folder: Path | None) -> None:
             card = replace(card, weights=starting_at(folder, card.weights))
         found[card.id] = card
     added.update(found)
+    folders.update(dict.fromkeys(found, folder))
+
+
+def pull_command(of_model: Card, steps: int) -> str:
+    """What fetches a hub model's weights for so many steps, as people type it."""
+    words = ["fulgurite", "pull", of_model.id, "--steps", str(steps)]
+    return shlex.join([*words, "--cards", str(folders[of_model.id])] if of_model.id in folders else words)
 
 
 def starting_at(folder: Path, weights: Weights) -> Weights:

@@ -27,9 +27,18 @@ def usable_device(name: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).partition("\n")[0]
-        raise SettingError("device", f"cannot compute on {device!r} here: {why}") from None
+        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        if why.startswith("Expected one of"):  # all types of devices that torch has names for, anywhere
+            why = "that is no device's name"
+        there_are = ", ".join(devices_here())
+        raise SettingError("device", f"cannot compute on {device!r} here: {why}. There are: {there_are}.") from None
     return device
+
+
+def devices_here() -> list[str]:
+    """Those that this machine can compute on, as the setting names them."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def check_gpu_settings(settings: Settings, device: str) -> None:

@@ -1,5 +1,6 @@
 """The ledger's database: connections that fit SQLite and PostgreSQL, and the schema brought up to date."""
 
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -20,10 +21,15 @@ DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "postgres": "
 MIGRATION_LOCK = 0x666C6772  # any number, the same in every server that shares a PostgreSQL
 
 
-def connect(url: str) -> Engine:
-    """An engine on the newest schema. Raises LedgerError; no message of it carries the URL's password."""
+def connect(url: str, make: bool = True) -> Engine:
+    """An engine on the newest schema; ``make``: SQLite's file is made if need be.
+
+    Raises LedgerError; no message of it carries the URL's password.
+    """
     try:
         parsed = with_driver(make_url(url))
+        if not make:
+            check_is_there(parsed)
         engine = on_sqlite(parsed) if parsed.drivername == "sqlite" else create_engine(parsed, pool_pre_ping=True)
     except (ArgumentError, ValueError):  # of a port that is no number
         raise LedgerError(
@@ -59,6 +65,16 @@ def with_driver(url: URL) -> URL:
             " A URL is such as postgresql://USER:PASSWORD@HOST/NAME."
         )
     return url.set(drivername=DRIVERS[database])
+
+
+def check_is_there(url: URL) -> None:
+    """Raises LedgerError where the URL is of a file that is not there: SQLite would make it."""
+    file = url.database if url.drivername == "sqlite" else None
+    if file and not file.startswith("file:") and not os.path.exists(file):
+        raise LedgerError(
+            f"There is no ledger {file}: the first `fulgurite keys create` or `serve` makes it. "
+            "One elsewhere is named by --home, FULGURITE_HOME or FULGURITE_LEDGER."
+        )
 
 
 def on_sqlite(url: URL) -> Engine:

@@ -56,8 +56,9 @@ class Keys:
         with self._engine.begin() as connection:
             changed = keys.c.id == key_id, keys.c.revoked_at.is_(None)
             row = connection.execute(update(keys).where(*changed).values(**values).returning(*keys.c)).one_or_none()
-        if row is None:
-            raise UnknownKeyError(key_id)
+            if row is None:
+                revoked = connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None
+                raise UnknownKeyError(key_id, revoked)
         self._remembered.clear()
         return as_key(row)
 

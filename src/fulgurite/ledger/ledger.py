@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+import uuid
 from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
@@ -43,12 +44,13 @@ class Settlement(Future[Answer | None]):
 class Ledger:
     """The ledger in one database. Safe to use from any thread; one thread writes, many pictures to a commit."""
 
-    def __init__(self, url: str) -> None:
-        """Opens the database, and makes or updates its tables. Raises LedgerError."""
-        self._engine = connect(url)
+    def __init__(self, url: str, make: bool = True) -> None:
+        """Opens the database, and makes or updates its tables; ``make``: its file too. Raises LedgerError."""
+        self._engine = connect(url, make)
         self._reading = self._engine.execution_options(reading=True)
         self.keys = Keys(self._engine)
         self._sweep_at = 0.0
+        self._not_written: int | None = None  # the bytes of the picture that could not be written last
         self._waiting: queue.SimpleQueue[Settlement | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
@@ -110,6 +112,27 @@ class Ledger:
         with self._reading.begin() as connection:
             return [Entry(**{**row._mapping, "seed": int(row.seed)}) for row in connection.execute(wanted)]
 
+    def check(self) -> None:
+        """Whether a picture's end would be written now. Raises LedgerError.
+
+        It reads a little; and only where the last settlement could not be written, it tries to write as much again,
+        since a full disk can still be read.
+        """
+        with self._reading.begin() as connection:
+            for table in (entries, answers):
+                connection.execute(select(table.c.key_id).limit(1)).first()
+            key_id = connection.execute(select(keys.c.id).limit(1)).scalar()
+        size = self._not_written
+        if size is None or key_id is None:
+            return
+        # Committed, since what is rolled back need not reach the disk. Expired already: if it stays, it is swept away.
+        trial = Answer(f"trial {uuid.uuid4().hex}", key_id, None, "", "", {}, bytes(size), now())
+        with self._engine.begin() as connection:
+            connection.execute(insert(answers).values(**vars(trial)))
+        with self._engine.begin() as connection:
+            connection.execute(delete(answers).where(answers.c.key_id == key_id, answers.c.id == trial.id))
+        self._not_written = None
+
     def close(self) -> None:
         """Writes what waits, and lets go of the database."""
         self._waiting.put(None)
@@ -127,6 +150,7 @@ class Ledger:
                 for settlement in batch:
                     self._commit_alone(settlement)
                 continue
+            self._not_written = None
             for settlement, result in zip(batch, results, strict=True):
                 finish(settlement, result)
 
@@ -156,8 +180,10 @@ class Ledger:
         try:
             [result] = self._commit([settlement])
         except Exception as error:
+            self._not_written = len(settlement.answer.content) if settlement.answer else 0
             settlement.set_exception(error)
         else:
+            self._not_written = None
             finish(settlement, result)
 
 
@@ -204,17 +230,22 @@ def as_answer(row: Row[Any]) -> Answer:
     return Answer(**row._mapping)
 
 
-def open_ledger(settings: Settings) -> Ledger:
-    """The ledger that the settings name; without one, the file ledger.db under the home. Raises LedgerError."""
+def open_ledger(settings: Settings, make: bool = True) -> Ledger:
+    """The ledger that the settings name; without one, the file ledger.db under the home. Raises LedgerError.
+
+    Unless ``make``, also where that is a file that is not there.
+    """
     if settings.ledger:
-        return Ledger(settings.ledger.get_secret_value())
-    try:
-        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_keep_in(settings.home, str(error.strerror)) from None
-    if not os.access(settings.home, os.W_OK):  # SQLite would say no more than that it cannot open the file
+        return Ledger(settings.ledger.get_secret_value(), make)
+    if make:
+        try:
+            settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_keep_in(settings.home, str(error.strerror)) from None
+    # SQLite would say no more than that it cannot open the file.
+    if os.path.exists(settings.home) and not os.access(settings.home, os.W_OK):
         raise cannot_keep_in(settings.home, "it cannot be written to")
-    return Ledger(f"sqlite:///{settings.home / 'ledger.db'}")
+    return Ledger(f"sqlite:///{settings.home / 'ledger.db'}", make)
 
 
 def cannot_keep_in(home: Path, why: str) -> LedgerError:

@@ -2,8 +2,18 @@
 
 from fulgurite.server.app import create_app
 from fulgurite.server.envelope import JSONLines
-from fulgurite.server.listening import server_for, url_of
+from fulgurite.server.listening import listen, server_for, url_of
 from fulgurite.server.protocol import Engine, Ledger
-from fulgurite.server.service import demo_notice
+from fulgurite.server.service import check_settings, demo_notices
 
-__all__ = ["Engine", "JSONLines", "Ledger", "create_app", "demo_notice", "server_for", "url_of"]
+__all__ = [
+    "Engine",
+    "JSONLines",
+    "Ledger",
+    "check_settings",
+    "create_app",
+    "demo_notices",
+    "listen",
+    "server_for",
+    "url_of",
+]

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Query
 from fastapi import Request as HTTPRequest
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from fulgurite.records import MOST_ALLOWED, Key, Limits, Usage, days
+from fulgurite.records import MOST_ALLOWED, Key, Limits, Usage, days, now
 from fulgurite.server.body import read_body
 from fulgurite.server.pictures import BEARER
 from fulgurite.server.problems import Problem, error_responses
@@ -21,9 +21,11 @@ class Text(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def storable(moment: datetime) -> datetime:
+def expiry(moment: datetime) -> datetime:
     if moment.year >= LAST_YEAR:
         raise ValueError(f"before the year {LAST_YEAR}; leave it out for a key that does not expire")
+    if moment <= now():
+        raise ValueError("that is past: the key would have expired already")
     return moment
 
 
@@ -34,11 +36,19 @@ class NewKey(Text):
 
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$", description="For people: whose key it is.")
     admin: bool = Field(False, description="It may manage keys, and see everyone's usage.")
-    expires_at: Annotated[AwareDatetime, AfterValidator(storable)] | None = None
+    expires_at: Annotated[AwareDatetime, AfterValidator(expiry)] | None = None
     models: tuple[str, ...] | None = Field(None, max_length=100)
     requests_per_minute: int | None = Field(None, ge=1, le=MOST_ALLOWED)
     pictures_in_flight: int | None = Field(None, ge=1, le=MOST_ALLOWED)
     credit_microdollars: int | None = Field(None, ge=0, le=10**15)
+
+
+class UsageAsked(Text):
+    """What usage is asked for."""
+
+    since: date | None = Field(None, description="The first day (UTC); else 30 days ago.")
+    until: date | None = Field(None, description="The last day; else today.")
+    key: str | None = Field(None, max_length=40, description="One key's; else all that may be seen.")
 
 
 class KeyShown(Text):
@@ -98,18 +108,17 @@ def add_accounts(app: FastAPI, service: Service) -> None:
     keys, new_key = service.ledger.keys, NewKey.model_json_schema()
 
     @app.get("/api/v1/usage", responses=error_responses(401, 403, 422, 503), dependencies=[BEARER])
-    async def usage(
-        http: HTTPRequest,
-        since: Annotated[date | None, Query(description="The first day (UTC); else 30 days ago.")] = None,
-        until: Annotated[date | None, Query(description="The last day; else today.")] = None,
-        key: Annotated[str | None, Query(max_length=40, description="One key's; else all that may be seen.")] = None,
-    ) -> dict[str, list[UsageShown]]:
+    async def usage(http: HTTPRequest, asked: Annotated[UsageAsked, Query()]) -> dict[str, list[UsageShown]]:
         """What was made and what it cost, by day, model and key: your own, and everyone's with an admin key."""
         caller = await service.caller(http)
-        if not caller.admin and key not in (None, caller.id):
+        if not caller.admin and asked.key not in (None, caller.id):
             raise Problem(403, "not_an_admin", "This key sees its own usage only.", "key")
-        whose = key if caller.admin else caller.id
-        first, end = days(since, until)
+        last = asked.until or now().date()
+        if asked.since and asked.since > last:
+            message = f"since: {asked.since} is after the last day, {last}."
+            raise Problem(422, "invalid_parameter", message, "since")
+        whose = asked.key if caller.admin else caller.id
+        first, end = days(asked.since, asked.until)
         rows = await asyncio.to_thread(service.ledger.usage, first, end, whose)
         return {"usage": [UsageShown.of(row) for row in rows]}
 
@@ -138,14 +147,16 @@ def add_accounts(app: FastAPI, service: Service) -> None:
         key, secret = await asyncio.to_thread(keys.create, new.name, limits, new.admin)
         return KeyMade.of(key, secret=secret)
 
-    @app.delete("/api/v1/admin/keys/{key_id}", responses=error_responses(401, 403, 404, 503), dependencies=[BEARER])
+    @app.delete(
+        "/api/v1/admin/keys/{key_id}", responses=error_responses(401, 403, 404, 422, 503), dependencies=[BEARER]
+    )
     async def revoke_key(http: HTTPRequest, key_id: str) -> KeyShown:
         """Ends a key for good; within a second every server refuses it."""
         await service.admin(http)
         return KeyShown.of(await asyncio.to_thread(keys.revoke, key_id))
 
     @app.post(
-        "/api/v1/admin/keys/{key_id}/rotate", responses=error_responses(401, 403, 404, 503), dependencies=[BEARER]
+        "/api/v1/admin/keys/{key_id}/rotate", responses=error_responses(401, 403, 404, 422, 503), dependencies=[BEARER]
     )
     async def rotate_key(http: HTTPRequest, key_id: str) -> KeyMade:
         """Gives a key another secret, shown this once; limits and spending stay."""

@@ -57,6 +57,6 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     add_openai_images(app, service)
     add_accounts(app, service)
     add_catalogue(app, service)
-    add_watching(app, engine, service.metrics)
+    add_watching(app, engine, ledger, service.metrics)
     describe_everywhere(app)
     return app

@@ -102,7 +102,7 @@ def add_catalogue(app: FastAPI, service: Service) -> None:
         """The models there are."""
         return {"models": [described(model, http, service) for model in service.served]}
 
-    @app.get("/api/v1/models/{model:path}", responses=error_responses(404))
+    @app.get("/api/v1/models/{model:path}", responses=error_responses(404, 422))
     async def catalogue_entry(http: HTTPRequest, model: str) -> dict[str, Any]:
         """One model: its card, its parameters as JSON Schema, and examples for this server."""
         service.check_served(model)
@@ -206,6 +206,8 @@ def rendered(model: dict[str, Any]) -> str:
         "Licence": model["license"],
     }
     required = model["parameters"]["required"]
+    # Of what may be null too, what it else is.
+    parameters = {name: has | has.get("anyOf", [{}])[0] for name, has in model["parameters"]["properties"].items()}
     rows = (
         (
             name,
@@ -214,7 +216,7 @@ def rendered(model: dict[str, Any]) -> str:
             bounds(has),
             has["description"],
         )
-        for name, has in model["parameters"]["properties"].items()
+        for name, has in parameters.items()
     )
     body = PAGE.substitute(
         escaped(model | model["examples"] | {"prompt": EXAMPLE["prompt"]}),

@@ -19,6 +19,7 @@ from fulgurite.server.problems import Problem, shutting_down
 from fulgurite.server.protocol import Engine, Ledger
 
 LAST_SECONDS = 5.0  # that what was stopped is given to be written into the ledger
+KEY_REUSED = "idempotency_key_reused"
 REPLAYED = {"Idempotent-Replayed": "true"}  # Stripe's header
 
 
@@ -274,7 +275,7 @@ def replayed(earlier: Answer, order: Order) -> Answer:
 
 def key_reused() -> Problem:
     message = "This idempotency key was sent before, with another request. Use a new key for each picture."
-    return Problem(409, "idempotency_key_reused", message, "Idempotency-Key")
+    return Problem(409, KEY_REUSED, message, "Idempotency-Key")
 
 
 def client_gone() -> Problem:

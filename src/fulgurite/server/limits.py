@@ -47,7 +47,7 @@ class Meters:
         } | self._pictures_left(key)
         if not allowed:
             wait = math.ceil((1 - meter.tokens) * 60 / most)
-            message = f"This key may send {most} requests a minute. Come back in {wait} s."
+            message = f"This key may send {counted(most, 'request')} a minute. Come back in {wait} s."
             raise Problem(429, "rate_limited", message, headers=headers | {"Retry-After": str(wait)})
         return headers
 
@@ -63,7 +63,7 @@ class Meters:
         """Holds a place, and the price, for a picture in flight. Raises Problem: 429 or 402."""
         meter, most, credit = self._meter(key), key.limits.pictures_in_flight, key.limits.credit
         if most is not None and meter.in_flight >= most:
-            message = f"This key may have {most} pictures made at once. Wait for one of them."
+            message = f"This key may have {counted(most, 'picture')} made at once. Wait for one to end."
             raise Problem(429, "too_many_pictures", message, headers={"Retry-After": "1"})
         if credit is not None and key.spent + meter.reserved + price > credit:
             raise credit_spent()
@@ -74,6 +74,10 @@ class Meters:
         finally:
             meter.in_flight -= 1
             meter.reserved -= price
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def credit_spent() -> Problem:

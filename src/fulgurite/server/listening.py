@@ -99,16 +99,10 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tuple[Server, socket.socket]:
-    """A server, and the socket that it shall run on, which takes connections from now on: who is early waits.
-
-    Raises FulguriteError where it cannot have the address.
-    """
-    allow_many_files()
+def server_for(app: FastAPI, shutdown_seconds: int) -> Server:
+    """A server, to be run on what ``listen`` gives."""
     config = uvicorn.Config(
         app,
-        host,
-        port,
         http=Connection,
         ws="none",
         timeout_graceful_shutdown=shutdown_seconds,
@@ -116,14 +110,24 @@ def server_for(app: FastAPI, host: str, port: int, shutdown_seconds: int) -> tup
         log_level="warning",
         access_log=False,
     )
+    return Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket to serve on, which takes connections from now on: who is early waits for the server to run.
+
+    Raises FulguriteError where it cannot have the address.
+    """
+    allow_many_files()
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise FulguriteError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from None
+        why = str(error.strerror).partition(" (while attempting to bind")[0]  # Python repeats the address
+        raise FulguriteError(f"Cannot listen on {host}, port {port}: {why}.") from None
     # Connections have these from their listener.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_SECONDS * 1000)
-    return Server(config), listener
+    return listener

@@ -1,6 +1,10 @@
 """``/metrics``, ``/healthz`` and ``/readyz``: for who watches over the server."""
 
+import asyncio
+import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -8,10 +12,14 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from fulgurite.errors import LedgerError
 from fulgurite.records import Entry
-from fulgurite.server.protocol import Engine
+from fulgurite.server.protocol import Engine, Ledger
 
+log = logging.getLogger("fulgurite")
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+CHECK_SECONDS = 1.0  # that what a check of the ledger found holds
+CHECK_PATIENCE = 5.0  # seconds, after which a check that has not ended counts as failed
 READY = 200
 NOT_READY = 503
 
@@ -67,16 +75,56 @@ class Metrics:
         self._phases.labels(name).observe(seconds)
 
 
-def add_watching(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+class LedgerWatch:
+    """Whether the ledger can be used, as it was a moment ago: however often that is asked, it is looked at rarely."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._thread = ThreadPoolExecutor(1, "ledger check")  # one: a check that hangs is not joined by others
+        self._check: Future[bool] | None = None
+        self._fresh_until = 0.0
+        self._usable = True
+
+    async def usable(self) -> bool:
+        if self._check is None or (self._check.done() and time.monotonic() >= self._fresh_until):
+            self._check = self._thread.submit(self._look)
+        await asyncio.wait({asyncio.wrap_future(self._check)}, timeout=CHECK_PATIENCE)
+        return self._check.done() and self._check.result()
+
+    def _look(self) -> bool:
+        try:
+            self._ledger.check()
+            usable = True
+        except Exception as error:
+            usable = False
+            if self._usable:  # told once, not at every probe
+                log.error("not ready: %s", error, exc_info=not isinstance(error, LedgerError))
+        if usable and not self._usable:
+            log.info("ready again: the ledger can be used")
+        self._usable = usable
+        self._fresh_until = time.monotonic() + CHECK_SECONDS
+        return usable
+
+
+def add_watching(app: FastAPI, engine: Engine, ledger: Ledger, metrics: Metrics) -> None:
+    watch = LedgerWatch(ledger)
+
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
         """That the server answers, and how busy its engine is."""
         return {"status": "ok", "engine": engine.stats()}
 
-    @app.get("/readyz", responses={NOT_READY: {"description": "Not now: starting, busy or failed."}})
+    @app.get(
+        "/readyz", responses={NOT_READY: {"description": "Not now: starting, busy, failed or without its ledger."}}
+    )
     async def readyz() -> JSONResponse:
-        """Whether a picture asked for now would be made: starting, ready, busy (no place in the queue) or failed."""
-        state = engine.state()
+        """Whether a picture asked for now would be made.
+
+        The state is starting, ready, busy (no place in the queue), failed, or ledger_unavailable.
+        """
+        state: str = engine.state()
+        if state == "ready" and not await watch.usable():
+            state = "ledger_unavailable"
         return JSONResponse({"state": state}, READY if state == "ready" else NOT_READY)
 
     @app.get("/metrics", response_class=Response, summary="Prometheus metrics")

@@ -24,14 +24,13 @@ from fulgurite.records import Answer
 from fulgurite.server.body import PictureBody, read_body
 from fulgurite.server.headers import LIMITS, NOTES
 from fulgurite.server.jobs import Order, made, notes_header, so_far
+from fulgurite.server.limits import counted
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, awaited
 from fulgurite.server.problems import Problem, error_responses, logged
 from fulgurite.server.service import Service
 
 STEPS = {"low": 2, "medium": 4}  # the most that are spent; what else quality may be stands for all
 UNHEEDED = ("moderation", "safety_identifier", "style", "user")  # what is said in these changes no picture here
-
-
 # LEAST_SIDE to MOST_SIDE pixels, as OpenAPI can say it.
 SIDE = "(25[6-9]|2[6-9][0-9]|[3-9][0-9]{2}|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 SIZE = f"^(auto|{SIDE}x{SIDE})$"
@@ -197,7 +196,9 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
         bodies = asked.pictures(card(asked.model).usual_size)
         count, most = len(bodies), key.limits.pictures_in_flight
         if most is not None and count > most:
-            raise Problem(422, "invalid_parameter", f"n: this key may have {most} pictures made at once.", "n")
+            raise Problem(
+                422, "invalid_parameter", f"n: this key may have {counted(most, 'picture')} made at once.", "n"
+            )
         try:
             orders = [numbered(service.order_of(http, key, body), i, count) for i, body in enumerate(bodies)]
         except RequestError as error:  # its parameters are in no "data" here
@@ -212,7 +213,7 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
         """The models there are."""
         return Listing(data=[Listed(id=model) for model in service.served])
 
-    @app.get("/v1/models/{model:path}", responses=error_responses(404), summary="One of the models")
+    @app.get("/v1/models/{model:path}", responses=error_responses(404, 422), summary="One of the models")
     async def model(model: str) -> Listed:
         """One of them."""
         service.check_served(model)

@@ -5,6 +5,8 @@ its answer. What succeeded is in the ledger and outlives this process; what runs
 """
 
 import asyncio
+import logging
+import re
 import traceback
 import uuid
 from dataclasses import dataclass, field, replace
@@ -16,18 +18,21 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from fulgurite.errors import FulguriteError
 from fulgurite.picture_file import FORMATS
 from fulgurite.records import Answer, Key
 from fulgurite.server.body import PredictionBody
 from fulgurite.server.headers import LIMITS, PICTURE
-from fulgurite.server.jobs import Job, Order, made
+from fulgurite.server.jobs import KEY_REUSED, Job, Order, made
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, request_body
 from fulgurite.server.problems import Problem, error_responses, logged, problem
 from fulgurite.server.service import Service
 from fulgurite.server.webhooks import DELAYS, TIMEOUT
 
+log = logging.getLogger("fulgurite")
 MOST_KEPT = 10_000  # predictions that failed or were cancelled, past which the oldest are forgotten
-PredictionId = Annotated[str, Path(pattern="^[A-Za-z0-9_-]{8,64}$", description="8 to 64 letters, digits, - and _.")]
+ID_PATTERN = "^[A-Za-z0-9_-]{8,64}$"
+NewId = Annotated[str, Path(pattern=ID_PATTERN, description="8 to 64 letters, digits, - and _.")]
 PREFER_HEADER = {
     "name": "Prefer",
     "in": "header",
@@ -83,11 +88,17 @@ class Predictions:
             raise Problem(422, "invalid_parameter", message, "stream")
         if body.webhook is not None:
             await self._service.webhooks.check(body.webhook)
-        id = id or derived_id(order.key, order.idempotency_key)
+        own, id = id, id or derived_id(order.key, order.idempotency_key)
         order = replace(order, idempotency_key=reserved_key(id))
-        if earlier := await self._service.jobs.earlier(order):
-            return id, earlier
-        prediction = self._started((order.key.id, id), order)
+        try:
+            if earlier := await self._service.jobs.earlier(order):
+                return id, earlier
+            prediction = self._started((order.key.id, id), order)
+        except Problem as error:
+            if own is None or error.code != KEY_REUSED:
+                raise
+            message = "There is a prediction of this id already, of another request. Use a new id for each picture."
+            raise Problem(409, KEY_REUSED, message, "id") from None
         if body.webhook is not None and body.webhook not in prediction.webhooks:
             prediction.webhooks.add(body.webhook)
             told = partial(told_at_end, str(http.base_url), id, prediction)
@@ -110,8 +121,10 @@ class Predictions:
         """What there is under this id. Raises Problem (404)."""
         if prediction := self._known.get((key.id, id)):
             return prediction.found()
-        find = self._service.ledger.answer
-        answer = await asyncio.to_thread(find, key.id, idempotency_key=reserved_key(id))
+        answer = None
+        if re.fullmatch(ID_PATTERN, id):
+            find = self._service.ledger.answer
+            answer = await asyncio.to_thread(find, key.id, idempotency_key=reserved_key(id))
         if answer is None:
             raise Problem(404, "unknown_prediction", "There is no such prediction, or it is kept no longer.", "id")
         return answer
@@ -249,7 +262,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         dependencies=[BEARER],
         summary="Create a prediction under your own id",
     )
-    async def put(http: HTTPRequest, id: PredictionId) -> JSONResponse:
+    async def put(http: HTTPRequest, id: NewId) -> JSONResponse:
         """Creates a prediction under an id of your own.
 
         Sending it again returns the same prediction: one picture, billed once.
@@ -262,7 +275,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         dependencies=[BEARER],
         summary="Get a prediction",
     )
-    async def get(http: HTTPRequest, id: PredictionId) -> PredictionShown:
+    async def get(http: HTTPRequest, id: str) -> PredictionShown:
         """A prediction's status, and its picture's URL once it has succeeded."""
         return shown(str(http.base_url), id, await predictions.find(await service.caller(http), id))
 
@@ -280,7 +293,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         dependencies=[BEARER],
         summary="Get a prediction's picture",
     )
-    async def output(http: HTTPRequest, id: PredictionId) -> Response:
+    async def output(http: HTTPRequest, id: str) -> Response:
         """The picture's bytes, with the headers that ``POST /api/v1`` gives."""
         found = await predictions.find(await service.caller(http), id)
         if isinstance(found, Prediction):
@@ -293,7 +306,7 @@ def add_predictions(app: FastAPI, service: Service) -> None:
         dependencies=[BEARER],
         summary="Cancel a prediction",
     )
-    async def cancel(http: HTTPRequest, id: PredictionId) -> PredictionShown:
+    async def cancel(http: HTTPRequest, id: str) -> PredictionShown:
         """Cancels a prediction that is not finished. A picture that was not made is not billed."""
         found = await predictions.find(await service.caller(http), id)
         if isinstance(found, Prediction):
@@ -306,4 +319,9 @@ def add_predictions(app: FastAPI, service: Service) -> None:
     async def webhook_secret(http: HTTPRequest) -> dict[str, str]:
         """What this key's webhooks are signed with (Standard Webhooks, whsec_...)."""
         key = await service.caller(http)
-        return {"secret": await asyncio.to_thread(service.webhooks.secret_of, key.id)}
+        try:
+            return {"secret": await asyncio.to_thread(service.webhooks.secret_of, key.id)}
+        except FulguriteError as error:
+            log.error("no webhook can be signed: %s", error)
+            message = "The server's webhook secret cannot be used, so no webhook is sent. The server's log says why."
+            raise Problem(503, "webhook_secret_unusable", message) from None

@@ -26,6 +26,7 @@ from fulgurite.errors import (
     UnknownModelError,
     WeightsError,
 )
+from fulgurite.parameters import no_parameter
 from fulgurite.server.headers import LIMITS, OF_ERRORS
 
 log = logging.getLogger("fulgurite")
@@ -114,6 +115,8 @@ def invalid(error: RequestValidationError) -> Problem:
         return Problem(400, "invalid_json", "The body is not JSON.")
     name = ".".join(str(part) for part in first["loc"][1:])[:100]
     message = f"{name}: {first['msg']}." if name else f"{first['msg']}."
+    if first["type"] == "extra_forbidden":
+        message = no_parameter(name)
     return Problem(422, "invalid_parameter", message, name or None)
 
 
@@ -121,7 +124,7 @@ def add_problem_handlers(app: FastAPI) -> None:
     """Turns the exceptions that are meant for clients into answers."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = problem(error)
+        found = logged(error, request.state.request_id)
         request.state.code = found.code
         return found.response()
 

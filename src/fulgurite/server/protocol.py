@@ -81,3 +81,6 @@ class Ledger(Protocol):
 
     def usage(self, since: datetime, until: datetime, key_id: str | None = None) -> list[Usage]:
         """By day, model and key. May wait for a database."""
+
+    def check(self) -> None:
+        """Whether it can be used now. May wait for a database. Raises LedgerError."""

@@ -16,10 +16,34 @@ from fulgurite.server.jobs import Jobs, Order
 from fulgurite.server.metrics import Metrics
 from fulgurite.server.problems import Problem
 from fulgurite.server.protocol import Engine, Ledger
-from fulgurite.server.webhooks import Webhooks
+from fulgurite.server.webhooks import Webhooks, check_secret
 from fulgurite.settings import Settings, model_and_steps
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+def served(settings: Settings) -> list[str]:
+    """The ids of the models that are served."""
+    return list(settings.models or cards())
+
+
+def check_settings(settings: Settings) -> None:
+    """What is not there is an error now, not at the first request. Raises FulguriteError."""
+    for name in served(settings):
+        card_for("models", name, settings)
+    for name in settings.fast_decoder:
+        if "fast" not in card_for("fast_decoder", name, settings).decoders:
+            raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
+    for name, _ in map(model_and_steps, settings.warm):
+        if name not in served(settings):
+            raise FulguriteError(f"{settings.origin('warm')}: {name!r} is not among the models served.")
+    check_secret(settings)
+
+
+def demo_notices(settings: Settings) -> list[str]:
+    """Of each served model that another answers for."""
+    others = [(model, settings.drawn_by(model)) for model in served(settings)]
+    return [demo_notice(model, drawn_by) for model, drawn_by in others if drawn_by != model]
 
 
 def demo_notice(model: str, drawn_by: str) -> str:
@@ -31,15 +55,8 @@ class Service:
 
     def __init__(self, engine: Engine, ledger: Ledger, settings: Settings) -> None:
         self.engine, self.ledger, self.settings = engine, ledger, settings
-        self.served = list(settings.models or cards())
-        for name in self.served:
-            card_for("models", name, settings)  # what is not there is an error now, not at the first request
-        for name in settings.fast_decoder:
-            if "fast" not in card_for("fast_decoder", name, settings).decoders:
-                raise FulguriteError(f"{settings.origin('fast_decoder')}: {name} has no fast decoder.")
-        for name, _ in map(model_and_steps, settings.warm):
-            if name not in self.served:
-                raise FulguriteError(f"{settings.origin('warm')}: {name!r} is not among the models served.")
+        check_settings(settings)
+        self.served = served(settings)
         self.metrics = Metrics(engine)
         self.webhooks = Webhooks(settings)
         self.jobs = Jobs(engine, ledger, settings.keep_seconds, self.metrics)

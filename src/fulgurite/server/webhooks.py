@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
 
@@ -23,11 +24,11 @@ import httpx
 
 from fulgurite.errors import FulguriteError
 from fulgurite.server.problems import Problem
-from fulgurite.settings import Settings
+from fulgurite.settings import LEAST_SECRET, Settings
 
 log = logging.getLogger("fulgurite")
 PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-URL_PATTERN = rf"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(:({PORT}))?(/[!-~]*)?$"
+URL_PATTERN = rf"^[Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9_][A-Za-z0-9._-]*(:({PORT}))?([/?#][!-~]*)?$"
 DELAYS = (0.0, 2.0, 10.0, 60.0, 300.0)  # seconds before each try
 TIMEOUT = 10.0  # seconds for a receiver to answer
 LAST_SECONDS = 5.0  # that those on their way are given when the server stops
@@ -41,30 +42,19 @@ class Webhooks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def secret_of(self, key_id: str) -> str:
-        """What a key's webhooks are signed with: its own secret, made of the server's. May read or make a file."""
-        derived = hmac.digest(self._server_secret(), key_id.encode(), hashlib.sha256)
-        return "whsec_" + base64.b64encode(derived).decode()
+        """What a key's webhooks are signed with: its own secret, made of the server's. May read or make a file.
 
-    def _server_secret(self) -> bytes:
-        if self._settings.webhook_secret:
-            return self._settings.webhook_secret.get_secret_value().encode()
-        file = self._settings.home / "webhook.secret"
-        if not file.exists():
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=file.parent) as new:  # for its owner alone
-                new.write(secrets.token_hex(32).encode())
-                new.flush()
-                os.fsync(new.fileno())
-                with suppress(FileExistsError):  # another server was first
-                    os.link(new.name, file)  # whole, or not there at all
-        if secret := file.read_bytes():
-            return secret
-        raise FulguriteError(f"{file} is empty: delete it, to have another secret made.")
+        Raises FulguriteError.
+        """
+        derived = hmac.digest(server_secret(self._settings), key_id.encode(), hashlib.sha256)
+        return "whsec_" + base64.b64encode(derived).decode()
 
     async def check(self, url: str) -> None:
         """Raises Problem: 422 if it is no URL, 403 if it leads into the server's own network."""
         if not re.fullmatch(URL_PATTERN, url):
             message = "webhook: send an http or https URL, such as https://example.com/hook."
+            if re.match("[^/?#]*//[^/?#]*@", url):
+                message = "webhook: leave the user and password out, which are not sent: its signature says who sends."
             raise Problem(422, "invalid_parameter", message, "webhook")
         await self._addresses(url)
 
@@ -93,13 +83,12 @@ class Webhooks:
         id, body = await told()
         why = ""
         async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False) as client:
-            for delay in DELAYS:
+            for number, delay in enumerate(DELAYS, 1):
                 await asyncio.sleep(delay)
                 try:
                     # Looked up again, since names move; and the request goes to the address that was looked at.
                     if not (addresses := await self._addresses(url)):
-                        why = "its host has no address"
-                        continue
+                        raise httpx.ConnectError("its host has no address")
                     secret = await asyncio.to_thread(self.secret_of, key_id)
                     headers = signed(secret, id, body, int(time.time()))
                     request = client.build_request("POST", url, content=body, headers=headers)
@@ -118,6 +107,7 @@ class Webhooks:
                     why = error.message
                 except (FulguriteError, OSError) as error:  # of the secret's file, which somebody may mend meanwhile
                     why = str(error)
+                log.warning("webhook for %s: try %d of %d failed: %s", id, number, len(DELAYS), why)
         log.warning("webhook for %s given up after %d tries: %s", id, len(DELAYS), why)
 
     async def close(self) -> None:
@@ -127,6 +117,48 @@ class Webhooks:
             for task in late:
                 task.cancel()
                 log.warning("webhook for %s not delivered: the server stopped first", task.get_name())
+
+
+def check_secret(settings: Settings) -> None:
+    """That webhooks can be signed, as far as that can be known before the first. Raises FulguriteError."""
+    if settings.webhook_secret or os.path.exists(secret_file(settings)):
+        server_secret(settings)
+
+
+def secret_file(settings: Settings) -> Path:
+    return settings.home / "webhook.secret"
+
+
+def server_secret(settings: Settings) -> bytes:
+    """What keys' own secrets are made of: the setting, else the file's, which is made where there is none.
+
+    Raises FulguriteError.
+    """
+    if settings.webhook_secret:
+        return settings.webhook_secret.get_secret_value().encode()
+    file = secret_file(settings)
+    try:
+        if not file.exists():
+            make_secret(file)
+        secret = file.read_bytes()
+    except OSError as error:
+        raise FulguriteError(f"Cannot read or make {file}, which signs webhooks: {error.strerror}.") from None
+    if not secret.strip():
+        raise FulguriteError(f"{file} is empty: delete it, to have another secret made.")
+    if len(secret.strip()) < LEAST_SECRET:
+        why = f"holds a secret of less than {LEAST_SECRET} bytes"
+        raise FulguriteError(f"{file} {why}: write a longer one, or delete it, to have another made.")
+    return secret
+
+
+def make_secret(file: Path) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=file.parent) as new:  # for its owner alone
+        new.write(secrets.token_hex(32).encode())
+        new.flush()
+        os.fsync(new.fileno())
+        with suppress(FileExistsError):  # another server was first
+            os.link(new.name, file)  # whole, or not there at all
 
 
 def pin(request: httpx.Request, address: str) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import tqdm
 
-from fulgurite.cards import Card, Repo
+from fulgurite.cards import Card, Repo, pull_command
 from fulgurite.errors import FulguriteError, NotPulledError
 from fulgurite.weights.files import Files
 
@@ -93,7 +93,7 @@ def cached_files(card: Card, steps: int) -> Files:
                 fast_decoder=next((file.cached() for file in fast_decoder(card)), None),
             )
     raise NotPulledError(
-        f"The {steps}-step weights of {card.id} are not on this machine: `fulgurite pull {card.id} --steps {steps}`."
+        f"The {steps}-step weights of {card.id} are not on this machine: `{pull_command(card, steps)}`."
     )
 
 
@@ -121,13 +121,13 @@ def pull(card: Card, steps: tuple[int, ...], use_lora: bool = False, progress: b
             bar = None if progress else NoProgress
             hf_hub_download(file.repo.repo, file.name, revision=file.repo.revision, tqdm_class=bar)
     except errors.HfHubHTTPError as error:
-        raise FulguriteError(f"The hub at {constants.ENDPOINT} did not give {card.id}: {one_line(error)}") from error
+        raise FulguriteError(f"The hub at {constants.ENDPOINT} did not give {card.id}: {one_line(error)}.") from error
     except errors.OfflineModeIsEnabled as error:
         raise FulguriteError("HF_HUB_OFFLINE is set, which forbids the network: unset it to pull.") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
-        raise FulguriteError(
-            f"The hub at {constants.ENDPOINT} cannot be reached: go online and run this again, whole files are kept."
-        ) from error
+        why = one_line(error.__cause__ or error)  # the hub's library says no more than to check the connection
+        message = f"The hub at {constants.ENDPOINT} cannot be reached ({why}): run this again once it can;"
+        raise FulguriteError(f"{message} whole files are kept.") from error
     except (OSError, RuntimeError) as error:
         message = f"Pulling {card.id} stopped ({one_line(error)}): run this again, whole files are kept."
         raise FulguriteError(message) from error
@@ -145,5 +145,7 @@ def check_disk(wanted: int) -> None:
         )
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """What an error says, without the page about HTTP's statuses that httpx sends people to."""
+    said, _, _ = str(error).partition("For more information check:")
+    return " ".join(said.split()).rstrip(".") or type(error).__name__
