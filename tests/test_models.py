@@ -44,7 +44,7 @@ def test_a_request_runs_the_largest_schedule_that_it_allows_and_never_more():
     [
         ("prompt", "x"),
         ("prompt", None),
-        ("negative_prompt", None),
+        ("negative_prompt", 7),
         ("width", 100),
         ("height", 0),
         ("width", 256.5),
@@ -66,6 +66,7 @@ def test_what_a_request_cannot_be_is_named_at_once(name, value):
 def test_a_request_has_the_api_s_defaults_and_whole_numbers():
     assert vars(Request("a fox", seed=5)) == Parameters(prompt="a fox", seed=5).model_dump()
     assert Request("a fox").seed is None
+    assert Request("a fox", negative_prompt=None, decoder=None) == Request("a fox")
     request = Request("a fox", width=512.0, num_steps=4.0)
     assert (repr(request.width), repr(request.num_steps)) == ("512", "4")
 
