@@ -137,13 +137,13 @@ class ClusterEngine:
         except Exception as error:
             self._fail(job, error)
         else:
+            self._forget(job)  # before its end, so that who waits for that finds it gone
             if job.set_running_or_notify_cancel():
                 self._counts["done"] += 1
                 job.set_result(picture)
         finally:
             job.cancel()  # where it has not ended by now: somebody stopped this who is not its client
-            with self._changed:
-                self._jobs.discard(job)
+            self._forget(job)
 
     async def _drawn(self, job: Job, model: str, request: Request, on_step: OnStep | None, key: str) -> Picture:
         lost: Exception | None = None
@@ -172,7 +172,12 @@ class ClusterEngine:
                 lost, job.place = error, NOWHERE
         raise DeviceError("The replicas that drew it were lost, one after the other. Try again.") from lost
 
+    def _forget(self, job: Job) -> None:
+        with self._changed:
+            self._jobs.discard(job)
+
     def _fail(self, job: Job, error: Exception) -> None:
+        self._forget(job)
         if job.set_running_or_notify_cancel():
             self._counts["failed"] += not isinstance(error, BusyError)
             job.set_exception(error)
