@@ -148,6 +148,12 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "model_max_length": 77}))
 
 
+def saved_pipeline(folder: Path) -> Path:
+    """The folder, with a small SDXL in it as diffusers writes one."""
+    oracle_pipeline(folder).save_pretrained(folder)
+    return folder
+
+
 def oracle_pipeline(folder: Path) -> StableDiffusionXLPipeline:
     """diffusers' pipeline with random weights, and its tokenizers in a folder that is still empty."""
     write_tokenizer(folder / "tokenizer")

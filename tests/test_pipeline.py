@@ -19,9 +19,7 @@ WIDTH, HEIGHT, SEED = 264, 256, 11
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("sdxl")
-    small.oracle_pipeline(path).save_pretrained(path)
-    return path
+    return small.saved_pipeline(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="module")

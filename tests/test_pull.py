@@ -95,8 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    small.oracle_pipeline(path).save_pretrained(path)
+    path = small.saved_pipeline(tmp_path_factory.mktemp("model"))
     small.oracle_fast_decoder(small.FAST).save_pretrained(path / "fast_decoder")
     return path
 

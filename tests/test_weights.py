@@ -44,9 +44,7 @@ def assert_all_equal(networks: Networks, pipeline: StableDiffusionXLPipeline) ->
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A small SDXL as diffusers writes it; its tokenizers as transformers wrote them when SDXL was published."""
-    path = tmp_path_factory.mktemp("sdxl")
-    small.oracle_pipeline(path).save_pretrained(path)
-    return path
+    return small.saved_pipeline(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="module")

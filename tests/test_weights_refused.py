@@ -21,8 +21,7 @@ from fulgurite.weights.files import read
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("made")
-    small.oracle_pipeline(path).save_pretrained(path)
+    path = small.saved_pipeline(tmp_path_factory.mktemp("made"))
     small.oracle_fast_decoder(small.FAST).save_pretrained(path / "fast_decoder")
     return path
 

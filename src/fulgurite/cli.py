@@ -104,6 +104,7 @@ def generate(
 
     from fulgurite.cards import add, card
     from fulgurite.engine import Loader
+    from fulgurite.parameters import counted_up
     from fulgurite.request import Request, plan
     from fulgurite.settings import read_settings
 
@@ -115,7 +116,7 @@ def generate(
     plan(card(model), Request(**first.model_dump()))  # what the model cannot do is told before it is loaded
     pipeline = Loader.from_settings(settings)(model, steps)
     for i, file in enumerate(files):
-        request = Request(**first.model_dump() | {"seed": (first.seed + i) % 2**64})  # as the server counts
+        request = Request(**first.model_dump() | {"seed": counted_up(first.seed, i)})
         save(draw(pipeline, request, f"picture {i + 1} of {count}"), file)
 
 

@@ -9,6 +9,7 @@ from fulgurite.errors import RequestError
 
 LEAST_SIDE, MOST_SIDE = 256, 2048  # pixels
 MOST_STEPS = 20
+SEEDS = 2**64
 DEFAULT_GUIDANCE = 7.5  # as the model's card says
 LONGEST_PROMPT = 100_000  # characters; what the text encoders cannot read of it is cut, and a note says so
 NULLABLE = {"negative_prompt", "seed", "decoder"}  # in which null is what many programs send for nothing
@@ -47,7 +48,7 @@ class Parameters(BaseModel):
     seed: Whole = Field(
         default_factory=lambda: secrets.randbits(32),
         ge=0,
-        le=2**64 - 1,
+        le=SEEDS - 1,
         description="The same seed gives the same picture; left out, a random one.",
         json_schema_extra=or_null,
     )
@@ -63,6 +64,11 @@ class Parameters(BaseModel):
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None or name not in NULLABLE}
+
+
+def counted_up(seed: int, number: int) -> int:
+    """The seed of a request's picture ``number``, from 0: after the last there is comes the first."""
+    return (seed + number) % SEEDS
 
 
 def within_bounds(given: dict[str, Any]) -> Parameters:

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from fulgurite.cards import card
 from fulgurite.errors import RequestError
-from fulgurite.parameters import LEAST_SIDE, MOST_SIDE, Parameters, whole
+from fulgurite.parameters import LEAST_SIDE, MOST_SIDE, Parameters, counted_up, whole
 from fulgurite.records import Answer
 from fulgurite.server.body import PictureBody, read_body
 from fulgurite.server.headers import LIMITS, NOTES
@@ -85,7 +85,7 @@ class GenerationBody(Parameters):
             asked = {"num_steps": STEPS[self.quality]} | asked
         bodies = []
         for number in range(self.n or 1):
-            seed = {"seed": (given["seed"] + number) % 2**64} if "seed" in given else {}
+            seed = {"seed": counted_up(given["seed"], number)} if "seed" in given else {}
             data = Parameters(**asked | seed)
             bodies.append(
                 PictureBody(model=self.model, data=data, output_format=self.output_format or "png", stream=False)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import nn
 
+from fulgurite.training.files import whole
 from fulgurite.training.sharding import ShardedAdamW
 
 
@@ -63,13 +64,12 @@ def save_network(network: nn.Module, path: Path, coarse: str | None = None) -> N
 
     Convolutions whose names begin with ``coarse`` are written in 8 bits (float8, arXiv 2209.05433).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in network.state_dict().items()}
     for name, tensor in tensors.items():
         if coarse and name.startswith(coarse) and tensor.ndim == 4:
             tensors[name] = tensor.to(torch.float8_e4m3fn)
-    save_file(tensors, path.with_suffix(".new"), metadata={"format": "pt"})
-    path.with_suffix(".new").replace(path)
+    with whole(path) as new:
+        save_file(tensors, new, metadata={"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ class Stage:
             "optimizer": optimizer,
             "step": self.step,
         }
-        torch.save(state, self.checkpoint.with_suffix(".new"))
-        self.checkpoint.with_suffix(".new").replace(self.checkpoint)
+        with whole(self.checkpoint) as new:
+            torch.save(state, new)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.networks.load_state_dict(state["networks"])

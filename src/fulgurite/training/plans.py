@@ -55,7 +55,8 @@ def adversarial(
     3.4).
     """
     few = steps <= 2
-    adversary = Adversary(at=NOISED if few else AS_THEY_ARE, peak=pace.discriminator, heads=pace.heads)
+    at, at_last = (NOISED, MOSTLY_FINE) if few else (AS_THEY_ARE, AS_THEY_ARE)
+    adversary = Adversary(at=at, peak=pace.discriminator, heads=pace.heads)
     knowing = Distillation(
         f"{steps}-conditional", teacher, int(teacher), steps, "conditional", None, UPDATES[0], pace.conditional, RANK,
         beneath.name if beneath else teacher, prediction=beneath.prediction if beneath else None,
@@ -71,9 +72,15 @@ def adversarial(
         updates=UPDATES[1],
         peak=pace.relaxed,
     )
-    whole = replace(relaxed, name=str(steps), start=relaxed.name, updates=UPDATES[2], peak=pace.whole, rank=None)
-    if few:
-        whole = replace(whole, adversary=replace(adversary, at=MOSTLY_FINE))
+    whole = replace(
+        relaxed,
+        name=str(steps),
+        start=relaxed.name,
+        updates=UPDATES[2],
+        peak=pace.whole,
+        rank=None,
+        adversary=replace(adversary, at=at_last),
+    )
     return knowing, relaxed, whole
 
 
