@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import GroupNorm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite import Pipeline, Request
@@ -42,6 +44,7 @@ from peers.works import Work, random_weights, sdxl
 # Prompt to pixels on the host, 1024x1024, of an H100: seconds of a picture, or pictures a second.
 TARGETS = {"batch 1, 4 steps": (0.130, 0.100), "batch 1, 1 step": (0.055, 0.055), "4 steps, throughput": (12, 16)}
 NORM_SHAPES = [(1, 320, 128, 128), (1, 1280, 32, 32), (1, 512, 256, 256), (1, 256, 1024, 1024), (1, 128, 1024, 1024)]
+ROUNDED_SHAPES = [(4096, 640), (4096, 2560), (1024, 1280), (1024, 5120)]
 GEGLU_SHAPES = [(1, 4096, 2 * 2560), (1, 1024, 2 * 5120)]
 BATCHES, STEPS = (1, 4, 8), (1, 2, 4, 8)
 CALLS = 50  # of a kernel that are timed together: alone it is over before the next is launched
@@ -103,6 +106,7 @@ class Bench:
         self.flops = flop_counts(work.card, work.request)
         self.cuda = device == "cuda"
         self.batches, self.steps = (BATCHES, STEPS) if self.cuda else ((1, 2), (1, 2))
+        self.calls = CALLS if self.cuda else 1
 
     def time(
         self,
@@ -150,25 +154,56 @@ class Bench:
 
     def kernels_are_right(self) -> None:
         """Against the plain torch, on the device, before anything is measured with them."""
-        from fulgurite.kernels import cuda
-
-        calls = CALLS if self.cuda else 1
         for shape in NORM_SHAPES if self.cuda else [(1, 64, 8, 8)]:
             for form in (torch.contiguous_format, torch.channels_last):
-                x = torch.randn(shape, device=self.device).to(self.dtype).to(memory_format=form)
-                layer = GroupNormSiLU(32, shape[1], device=self.device, dtype=self.dtype)
-                name = f"group norm + SiLU {'x'.join(map(str, shape))}, {str(form).removeprefix('torch.')}"
-                fused = lambda x=x, layer=layer: cuda.group_norm_silu(x, 32, layer.weight, layer.bias, layer.eps)  # noqa: E731
-                self.same(name, fused(), layer(x))
-                self.time(f"{name}, plain", lambda x=x, layer=layer: layer(x), calls=calls)
-                self.time(f"{name}, Triton", fused, calls=calls)
+                self.norms(shape, form)
         for shape in GEGLU_SHAPES if self.cuda else [(1, 4, 64)]:
-            both = torch.randn(shape, device=self.device).to(self.dtype)
-            value, gate = both.chunk(2, dim=-1)
-            name = f"GEGLU {'x'.join(map(str, shape))}"
-            self.same(name, cuda.geglu(both), value * torch.nn.functional.gelu(gate))
-            self.time(f"{name}, plain", lambda: value * torch.nn.functional.gelu(gate), calls=calls)  # noqa: B023
-            self.time(f"{name}, Triton", lambda: cuda.geglu(both), calls=calls)  # noqa: B023
+            self.gate(shape)
+        for shape in ROUNDED_SHAPES if self.cuda else [(4, 64)]:
+            self.rounding(shape)
+
+    def norms(self, shape: tuple[int, ...], form: torch.memory_format) -> None:
+        from fulgurite.kernels.cuda import group_norm, total
+
+        size = f"{'x'.join(map(str, shape))}, {str(form).removeprefix('torch.')}"
+        x, other = (self.random(*shape).to(memory_format=form) for _ in range(2))
+        bias, vectors, pixels = self.random(shape[1]), self.random(*shape[:2]), (..., None, None)
+        norm, silu = (kind(32, shape[1], device=self.device, dtype=self.dtype) for kind in (GroupNorm, GroupNormSiLU))
+        self.both(f"group norm {size}", lambda: group_norm(x, norm, silu=False), lambda: norm(x))
+        self.both(f"group norm + SiLU {size}", lambda: group_norm(x, silu, silu=True), lambda: silu(x))
+        self.both(
+            f"bias + vectors + group norm + SiLU {size}",
+            lambda: group_norm(x, silu, silu=True, bias=bias, vectors=vectors),
+            lambda: silu(x.add(bias[pixels]).add_(vectors[pixels])),
+        )
+        self.both(f"two + bias {size}", lambda: total(x, other, bias), lambda: x.add(bias[pixels]).add_(other))
+
+    def gate(self, shape: tuple[int, ...]) -> None:
+        from fulgurite.kernels.cuda import geglu
+
+        both = self.random(*shape)
+        value, gate = both.chunk(2, dim=-1)
+        self.both(f"GEGLU {'x'.join(map(str, shape))}", lambda: geglu(both), lambda: value * F.gelu(gate))
+
+    def rounding(self, shape: tuple[int, ...]) -> None:
+        from fulgurite.kernels.cuda import rounded
+
+        name, rows = f"8 bits {'x'.join(map(str, shape))}", self.random(*shape).bfloat16()
+        (found, scales), (wanted, wanted_scales) = rounded(rows), float8.rounded(rows)
+        alike = (found.view(torch.uint8) == wanted.view(torch.uint8)).float().mean().item()
+        self.report.row(f"{name}, alike", share=alike, scales=torch.equal(scales, wanted_scales))
+        if self.cuda and alike < 1:  # Triton's interpreter rounds in its own way
+            raise AssertionError(f"{name}: {alike:.6f} of the numbers are those of plain torch")
+        self.time(f"{name}, plain", lambda: float8.rounded(rows), calls=self.calls)
+        self.time(f"{name}, Triton", lambda: rounded(rows), calls=self.calls)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def both(self, name: str, fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
+        self.same(name, fused(), plain())
+        self.time(f"{name}, plain", plain, calls=self.calls)
+        self.time(f"{name}, Triton", fused, calls=self.calls)
 
     def same(self, name: str, found: Tensor, wanted: Tensor) -> None:
         """Raises AssertionError where two ways differ by more than their precision; the error is a row either way."""
@@ -202,7 +237,7 @@ class Bench:
                 self.time(f"step, Triton, {backend.name}", lambda: self.networks.unet(*inputs), "step")
 
     def triton(self) -> None:
-        """From here on the networks are on the kernels."""
+        """From here on the networks are on the kernels, and the UNet in the memory format that is quicker."""
         from fulgurite.kernels import cuda
 
         unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
@@ -214,10 +249,12 @@ class Bench:
             step=relative_error(unet(*inputs), wanted[0]),
             decode=relative_error(vae.decode(inputs[0]), wanted[1]),
         )
-        self.time("step, Triton", lambda: unet(*inputs), "step")
+        contiguous = self.time("step, Triton", lambda: unet(*inputs), "step")
         unet.to(memory_format=torch.channels_last)
-        self.time("step, Triton, channels-last", lambda: unet(*inputs), "step")
-        unet.to(memory_format=torch.contiguous_format)
+        last = self.time("step, Triton, channels-last", lambda: unet(*inputs), "step")
+        self.report.row("the UNet from here on", channels_last=last < contiguous)
+        if last >= contiguous:
+            unet.to(memory_format=torch.contiguous_format)
         self.time("decode, Triton, channels-last", lambda: vae.decode(inputs[0]), "decode")
 
     def graphs(self) -> None:
@@ -295,7 +332,10 @@ class Bench:
                 self.time(f"decode, compiled, {mode}", lambda: decode(inputs[0]), "decode")  # noqa: B023
 
     def float8(self) -> None:
-        """The step's large linear layers in 8 bits, the rest in bfloat16, beside all in bfloat16; on the kernels."""
+        """The step's large linear layers in 8 bits, the rest in bfloat16, beside all in bfloat16; on the kernels.
+
+        Once with the rounding left to torch: what its kernel gains.
+        """
         from fulgurite.kernels import cuda
 
         unet = random_weights(self.work, torch.bfloat16, self.device).unet
@@ -305,6 +345,8 @@ class Bench:
         wanted = unet(*inputs)
         self.time("step, Triton, bfloat16", lambda: unet(*inputs), "step")
         float8.accelerate(unet)
+        self.time("step, Triton, float8, rounded by torch", lambda: unet(*inputs), "step")
+        cuda.accelerate(unet)
         self.report.row("float8, relative error of the step", step=relative_error(unet(*inputs), wanted))
         self.time("step, Triton, float8", lambda: unet(*inputs), "step")
         self.needs_cuda()

@@ -1,161 +1,36 @@
 """Layers for an NVIDIA GPU: hand-written Triton kernels, each for the plain torch of fulgurite.models that it equals.
 
-They have run in Triton's interpreter, against that torch, and on no GPU yet: whoever wants them says so (the setting
-``triton_kernels``), and bench/gpu.py measures them. Triton comes with torch's builds for CUDA.
+They have run in Triton's interpreter, against that torch, and have been compiled for such GPUs, and have run on none
+yet: whoever wants them says so (the setting ``triton_kernels``), and bench/gpu.py measures them. Triton comes with
+torch's builds for CUDA.
 
-Group normalization (Wu and He, arXiv 1803.08494) and SiLU take two passes over the input here, in either memory format.
-Plain torch reads it twice and writes for the norm, reads and writes again for SiLU, and on CUDA turns channels-last
-inputs around first, which the convolution behind has to undo. GEGLU's gate (Shazeer, arXiv 2002.05202) takes one pass;
-plain torch writes the gate's GELU to memory and reads it again.
+All of them save passes over memory. GEGLU's gate (Shazeer, arXiv 2002.05202) takes one; plain torch writes the gate's
+GELU to memory and reads it again. A convolution's bias is a pass of its own in torch, over what cuDNN wrote: here the
+group norm behind it adds it, with the timestep's embedding, or else the sum at a block's end. Rounding to 8 bits takes
+one pass over numbers that torch reads and writes five times. Group norms are in fulgurite.kernels.cuda_norm.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from fulgurite.kernels.cuda_norm import TILE, blocks, group_norm, in_order, load, strides, tile
+from fulgurite.kernels.float8 import KIND, SMALLEST, UNIT, Float8Linear
+from fulgurite.models import unet, vae
 from fulgurite.models.layers import GEGLU, GroupNormSiLU
 
-PIXELS = 4096  # of a channel, for which one program sums; fixed, so that a row's bits do not depend on its batch
-TILE = 4096  # elements that a program of the norm holds at once
 BLOCK = 1024  # elements that a program of GEGLU makes
-
-
-@triton.jit
-def _tile(shape_c, shape_p, stride_c, stride_p, pixel, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The channels of this program, and the offsets and the mask of its tile ``[BLOCK_C, BLOCK_P]`` from ``pixel``."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = pixel + tl.arange(0, BLOCK_P).to(tl.int64)
-    offsets = c.to(tl.int64)[:, None] * stride_c + p[None, :] * stride_p
-    return c, offsets, (c < shape_c)[:, None] & (p < shape_p)[None, :]
-
-
-@triton.jit
-def _sums_kernel(  # type: ignore[no-untyped-def]
-    x,
-    sums,
-    channels,
-    pixels,
-    stride_b,
-    stride_c,
-    stride_p,
-    CHANNELS_A_GROUP: tl.constexpr,
-    PIXELS_A_PROGRAM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Of each channel and ``PIXELS_A_PROGRAM`` pixels: the sum and the sum of squares, less the group's first element.
-
-    Less that element the squares do not cancel where a group's mean is much larger than its deviation.
-    """
-    row, part, parts = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.num_programs(0)
-    x += row * stride_b
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first = (c // CHANNELS_A_GROUP * CHANNELS_A_GROUP).to(tl.int64)
-    shift = tl.load(x + first * stride_c, mask=c < channels, other=0.0).to(tl.float32)[:, None]
-    plain = tl.zeros([BLOCK_C], tl.float32)
-    squared = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, PIXELS_A_PROGRAM, BLOCK_P):
-        pixel = part * PIXELS_A_PROGRAM + start
-        _, offsets, mask = _tile(channels, pixels, stride_c, stride_p, pixel, BLOCK_C, BLOCK_P)
-        value = tl.where(mask, tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
-        plain += tl.sum(value, axis=1)
-        squared += tl.sum(value * value, axis=1)
-    out = sums + ((row * channels + c) * parts + part) * 2
-    tl.store(out, plain, mask=c < channels)
-    tl.store(out + 1, squared, mask=c < channels)
-
-
-@triton.jit
-def _norm_silu_kernel(  # type: ignore[no-untyped-def]
-    x,
-    out,
-    group_sums,
-    weight,
-    bias,
-    channels,
-    pixels,
-    stride_b,
-    stride_c,
-    stride_p,
-    eps,
-    CHANNELS_A_GROUP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """One tile of the output, given each group's sums ``[B, G, 2]``."""
-    row = tl.program_id(2).to(tl.int64)
-    x += row * stride_b
-    out += row * stride_b
-    pixel = tl.program_id(0) * BLOCK_P
-    c, offsets, mask = _tile(channels, pixels, stride_c, stride_p, pixel, BLOCK_C, BLOCK_P)
-    group, count = c // CHANNELS_A_GROUP, CHANNELS_A_GROUP * pixels
-    sums = group_sums + (row * (channels // CHANNELS_A_GROUP) + group) * 2
-    shift = tl.load(x + (group * CHANNELS_A_GROUP).to(tl.int64) * stride_c, mask=c < channels, other=0.0)
-    mean = tl.load(sums, mask=c < channels, other=0.0) / count
-    variance = tl.load(sums + 1, mask=c < channels, other=0.0) / count - mean * mean
-    scale = tl.load(weight + c, mask=c < channels, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    added = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32) - (shift.to(tl.float32) + mean) * scale
-    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) * scale[:, None] + added[:, None]
-    value = value / (1.0 + tl.exp(-value))
-    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=mask)
-
-
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``silu(group_norm(x))`` of ``[B, C, h, w]``, contiguous or channels-last; its output is so too.
-
-    Computed in float32 and rounded once, where plain torch rounds between the two.
-    """
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        x = x.contiguous()
-    out = torch.empty_like(x)
-    batch, channels, height, width = x.shape
-    pixels, strides = height * width, (x.stride(0), x.stride(1), x.stride(3))
-    # Tiles are as long as they can be along what lies side by side in memory.
-    block_c = min(triton.next_power_of_2(channels), 64) if x.stride(1) == 1 and channels > 1 else 1
-    block_p = min(triton.next_power_of_2(pixels), TILE // block_c, PIXELS)
-    a_program = min(triton.next_power_of_2(pixels), PIXELS)
-    of_channels, parts = triton.cdiv(channels, block_c), triton.cdiv(pixels, a_program)
-    in_group = channels // groups
-
-    sums = torch.empty(batch, channels, parts, 2, device=x.device, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whichever the tensors are on
-        _sums_kernel[parts, of_channels, batch](
-            x,
-            sums,
-            channels,
-            pixels,
-            *strides,
-            CHANNELS_A_GROUP=in_group,
-            PIXELS_A_PROGRAM=a_program,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-        )
-        group_sums = sums.view(batch, groups, in_group * parts, 2).sum(2)
-        # Of a grid's axes the first alone has room for the tiles of a large picture: the others end at 65,535.
-        _norm_silu_kernel[triton.cdiv(pixels, block_p), of_channels, batch](
-            x,
-            out,
-            group_sums,
-            weight,
-            bias,
-            channels,
-            pixels,
-            *strides,
-            eps,
-            CHANNELS_A_GROUP=in_group,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-        )
-    return out
+A_WARP = 512  # elements of a row to round: 16 bytes for each of its threads to write
 
 
 @triton.jit
 def _geglu_kernel(both, out, inner, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """``BLOCK`` elements of one row: ``both`` holds a row's values and then its gates."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(both + row * 2 * inner + i, mask=i < inner).to(tl.float32)
-    gate = tl.load(both + row * 2 * inner + inner + i, mask=i < inner).to(tl.float32)
+    value = load(both + row * 2 * inner + i, i < inner)
+    gate = load(both + row * 2 * inner + inner + i, i < inner)
     gelu = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     tl.store(out + row * inner + i, (value * gelu).to(out.dtype.element_ty), mask=i < inner)
 
@@ -172,9 +47,120 @@ def geglu(both: Tensor) -> Tensor:
     return out
 
 
-class FusedGroupNormSiLU(GroupNormSiLU):
+@triton.jit
+def _total_kernel(  # type: ignore[no-untyped-def]
+    one,
+    other,
+    bias,
+    more,
+    out,
+    channels,
+    pixels,
+    stride_b,
+    stride_c,
+    stride_p,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One tile of the sum of two tensors and of up to two biases."""
+    row = tl.program_id(2).to(tl.int64) * stride_b
+    c, offsets, mask = tile(channels, pixels, stride_c, stride_p, tl.program_id(0) * BLOCK_P, BLOCK_C, BLOCK_P)
+    value = load(one + row + offsets, mask) + load(other + row + offsets, mask)
+    if bias is not None:
+        value += load(bias + c, c < channels)[:, None]
+    if more is not None:
+        value += load(more + c, c < channels)[:, None]
+    tl.store(out + row + offsets, value.to(out.dtype.element_ty), mask=mask)
+
+
+def total(one: Tensor, other: Tensor, bias: Tensor | None, more: Tensor | None = None) -> Tensor:
+    """The sum of two tensors ``[B, C, h, w]`` and of up to two biases ``[C]``, in order as ``one`` is.
+
+    Computed in float32 and rounded once.
+    """
+    one = in_order(one)
+    order = torch.contiguous_format if one.is_contiguous() else torch.channels_last
+    other, out = other.contiguous(memory_format=order), torch.empty_like(one)
+    batch, channels, height, width = one.shape
+    block_c, block_p = blocks(one, TILE)
+    with torch.cuda.device_of(one):
+        _total_kernel[triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), batch](
+            one, other, bias, more, out, channels, height * width, *strides(one), BLOCK_C=block_c, BLOCK_P=block_p
+        )
+    return out
+
+
+@triton.jit
+def _rounded_kernel(  # type: ignore[no-untyped-def]
+    rows, out, scales, width, SMALLEST: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row, which its program holds as a whole."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = load(rows + row * width + i, i < width)
+    scale = tl.maximum(tl.max(tl.abs(value), axis=0), SMALLEST) * UNIT
+    # Divided as torch divides, not by what is nearly 1 / scale: all numbers are to come out the same.
+    value = tl.div_rn(value, tl.zeros([BLOCK], tl.float32) + scale)
+    tl.store(out + row * width + i, value.to(out.dtype.element_ty), mask=i < width)
+    tl.store(scales + row, scale)
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``fulgurite.kernels.float8.rounded``: rows ``[N, D]`` in 8 bits, and what 1 stands for in each, ``[N, 1]``.
+
+    To the bit, but for the scale of a row that holds what is no number: here the others' own.
+    """
+    rows = rows.contiguous()
+    count, width = rows.shape
+    out, scales = torch.empty_like(rows, dtype=KIND), torch.empty(count, 1, device=rows.device, dtype=torch.float32)
+    if rows.numel():
+        block = triton.next_power_of_2(width)
+        with torch.cuda.device_of(rows):
+            _rounded_kernel[count,](
+                rows,
+                out,
+                scales,
+                width,
+                SMALLEST=SMALLEST,
+                UNIT=UNIT,
+                BLOCK=block,
+                num_warps=min(max(block // A_WARP, 1), 8),
+            )
+    return out, scales
+
+
+def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+
+def end(block: unet.ResnetBlock | vae.ResnetBlock, x: Tensor, h: Tensor) -> Tensor:
+    """What a block comes to, given its input and that of its last convolution."""
+    h = without_bias(block.conv2, h)
+    if block.changes_channels:
+        return total(h, without_bias(block.conv_shortcut, x), block.conv2.bias, block.conv_shortcut.bias)
+    return total(h, x, block.conv2.bias)
+
+
+class FusedGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(x, self, silu=False)
+
+
+class FusedGroupNormSiLU(GroupNormSiLU):
+    def forward(self, x: Tensor, bias: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
+        """Of x and what is added to its channels: ``[C]``, ``[B, C]``."""
+        return group_norm(x, self, silu=True, bias=bias, vectors=vectors)
+
+
+class FusedUNetBlock(unet.ResnetBlock):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = without_bias(self.conv1, self.norm1(x))
+        return end(self, x, self.norm2(h, self.conv1.bias, self.time_emb_proj(embedding)))
+
+
+class FusedVAEBlock(vae.ResnetBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        h = without_bias(self.conv1, self.norm1(x))
+        return end(self, x, self.norm2(h, self.conv1.bias))
 
 
 class FusedGEGLU(GEGLU):
@@ -182,7 +168,18 @@ class FusedGEGLU(GEGLU):
         return geglu(self.proj(x))
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {GroupNormSiLU: FusedGroupNormSiLU, GEGLU: FusedGEGLU}
+class FusedFloat8Linear(Float8Linear):
+    rounded = staticmethod(rounded)
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: FusedGroupNorm,
+    GroupNormSiLU: FusedGroupNormSiLU,
+    unet.ResnetBlock: FusedUNetBlock,
+    vae.ResnetBlock: FusedVAEBlock,
+    GEGLU: FusedGEGLU,
+    Float8Linear: FusedFloat8Linear,
+}
 
 
 def accelerate(network: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 Weights have a scale for each output, activations one for each token, found as it comes: rows share no scale, so that
 what a picture's numbers are rounded to does not depend on its batch. Products are by torch's ``_scaled_mm``, which a
-CPU has too: there the tests compare them. How quick they are has not been measured, for want of such a GPU;
-bench/gpu.py does.
+CPU has too: there the tests compare them. Rounding moves more bytes in plain torch than the products save; on the
+Triton kernels (fulgurite.kernels.cuda) it is one pass. How quick any of it is has not been measured, for want of such a
+GPU; bench/gpu.py does.
 """
 
 import torch
@@ -13,6 +14,7 @@ from fulgurite.models.layers import VectorLinear
 
 KIND = torch.float8_e4m3fn
 MOST = torch.finfo(KIND).max
+UNIT = 1 / MOST  # a factor: told to divide by a number, torch does that on a CPU and multiplies on a GPU
 LEAST = 1 << 20  # weights of a layer, below which rounding its activations takes what its product would gain
 WHOLE = 16  # of inputs and outputs: torch has products of whole sixteens alone
 SMALLEST = 1e-12  # scale: a row of zeros has one too
@@ -20,7 +22,7 @@ SMALLEST = 1e-12  # scale: a row of zeros has one too
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``[N, D]`` in 8 bits, and what 1 stands for in each, ``[N, 1]``, in float32."""
-    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(SMALLEST) / MOST
+    scale = rows.abs().amax(-1, keepdim=True).float().clamp_min(SMALLEST) * UNIT
     # In rows, whatever order they came in: a GPU multiplies no others.
     return (rows.float() / scale).to(KIND, memory_format=torch.contiguous_format), scale
 
@@ -28,13 +30,15 @@ def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
 class Float8Linear(nn.Module):
     """A linear layer; its weight ``[O, D]`` is rounded once. Activations and the bias are in bfloat16."""
 
+    rounded = staticmethod(rounded)  # of activations; fulgurite.kernels.cuda has it in one pass over them
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         values, scale = rounded(weight)
         self.weight, self.scale, self.bias = values.t(), scale.t(), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        values, scale = rounded(x.flatten(0, -2))
+        values, scale = self.rounded(x.flatten(0, -2))
         product = torch._scaled_mm(
             values, self.weight, scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=x.dtype
         )
