@@ -4,10 +4,12 @@ import base64
 import io
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import openai
@@ -21,7 +23,8 @@ from fulgurite.errors import BusyError
 from fulgurite.ledger import Ledger
 from fulgurite.parameters import LEAST_SIDE, MOST_SIDE
 from fulgurite.records import Limits
-from fulgurite.server import create_app, listen, server_for
+from fulgurite.request import OnStep, Preview
+from fulgurite.server import create_app, listen, server_for, streaming
 from fulgurite.server.openai_images import SIZE
 from fulgurite.settings import read_settings
 
@@ -169,6 +172,9 @@ def test_what_is_made_when_the_server_stops_is_delivered(engine: FakeEngine, led
         ({"output_compression": 50}, "output_compression"),
         ({"extra_body": {"num_steps": 21}}, "num_steps"),
         ({"prompt": "x"}, "prompt"),
+        ({"stream": True, "n": 2}, "n"),
+        ({"stream": True, "partial_images": 4}, "partial_images"),
+        ({"extra_body": {"stream": "yes"}}, "stream"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(images: openai.OpenAI, engine: FakeEngine, sent, param) -> None:
@@ -195,6 +201,10 @@ def test_what_changes_nothing_is_said(images: openai.OpenAI) -> None:
     )
     told = found.headers["x-fulgurite-notes"]
     assert told == "moderation changes nothing here; style changes nothing here; user changes nothing here"
+    streamed = images.images.with_raw_response.generate(model=SPARK, prompt="a red fox", user="anna", stream=True)
+    assert streamed.headers["x-fulgurite-notes"] == "user changes nothing here"
+    unstreamed = images.images.with_raw_response.generate(model=SPARK, prompt="a red fox", partial_images=2)
+    assert unstreamed.headers["x-fulgurite-notes"] == "partial_images changes nothing without stream"
 
 
 def test_errors_are_those_of_the_client(address: str, images: openai.OpenAI, ledger: Ledger) -> None:
@@ -228,3 +238,133 @@ def test_a_client_that_goes_away_stops_all_its_pictures(address: str, engine: Fa
 def test_a_size_is_what_the_hosted_api_lets_a_side_be() -> None:
     fits = [side for side in range(10_000) if re.fullmatch(SIZE, f"{side}x{side}")]
     assert fits == list(range(LEAST_SIDE, MOST_SIDE + 1))
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_partial_images_then_the_picture(images: openai.OpenAI, ledger: Ledger, output_format: Any) -> None:
+    """The picture is the one that is made without a stream, and billed as that is."""
+    asked = {"model": LIGHTNING, "prompt": "a red fox", "size": "512x320", "output_format": output_format}
+    asked |= {"quality": "medium", "extra_body": {"seed": 7}}
+    *partial, completed = images.images.generate(**asked, stream=True, partial_images=2)
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
+    assert completed.type == "image_generation.completed"
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    for event in (*partial, completed):
+        assert (event.size, event.quality, event.output_format) == ("512x320", "medium", output_format)
+        assert event.background == "opaque"
+        assert abs(event.created_at - time.time()) < 60
+        assert opened(event.b64_json).size == (512, 320)
+        assert opened(event.b64_json).format == output_format.upper()
+    assert completed.usage.total_tokens == 0
+    [entry] = ledger.entries()
+    assert (entry.outcome, entry.price) == ("done", 1100)
+    assert completed.made["id"] == entry.request_id
+    assert completed.made["seed"] == "7"
+    assert completed.b64_json == images.images.generate(**asked).data[0].b64_json
+
+
+def test_a_partial_image_comes_while_the_picture_is_made(
+    images: openai.OpenAI, engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SILENCE_SECONDS", 0.0)  # comments come between the events
+    engine.waits = {7: threading.Event()}
+    events = images.images.generate(
+        model=SPARK, prompt="a red fox", stream=True, partial_images=1, extra_body={"seed": 7}
+    )
+    assert next(events).type == "image_generation.partial_image"
+    time.sleep(2 * streaming.LOOK_SECONDS)
+    assert not ledger.entries()
+    engine.waits[7].set()
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial_images", "previewed"),
+    [
+        (20, 3, [5, 10, 15]),
+        (8, 2, [2, 5]),
+        (8, 1, [4]),
+        (4, 3, [1, 2, 3]),
+        (3, 3, [1, 2]),
+        (2, 3, [1]),
+        (1, 3, []),
+        (8, 0, []),
+        (8, None, []),
+    ],
+)
+def test_partial_images_are_spread_over_the_steps_and_no_other_preview_is_drawn(
+    images: openai.OpenAI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, steps, partial_images, previewed
+) -> None:
+    seen, submit = [], engine.submit
+
+    def watched(model: str, request: Request, on_step: OnStep | None = None, key: str = "") -> Future[Picture]:
+        def told(done: int, steps: int, preview: Preview) -> None:
+            on_step(done, steps, lambda: seen.append(done) or preview())
+
+        return submit(model, request, told if on_step else None, key)
+
+    monkeypatch.setattr(engine, "submit", watched)
+    *partial, completed = images.images.generate(
+        model=SPARK, prompt="a red fox", stream=True, partial_images=partial_images, extra_body={"num_steps": steps}
+    )
+    assert seen == previewed
+    assert [event.partial_image_index for event in partial] == list(range(len(previewed)))
+    assert (completed.type, completed.quality) == ("image_generation.completed", "auto")
+
+
+def test_a_retry_of_a_stream_is_the_same_picture_and_billed_once(images: openai.OpenAI, ledger: Ledger) -> None:
+    asked = {"model": SPARK, "prompt": "a red fox", "extra_headers": {"Idempotency-Key": "once"}}
+    *partial, first = images.images.generate(**asked, stream=True, partial_images=1)
+    [again] = images.images.generate(**asked, stream=True, partial_images=1)
+    unstreamed = images.images.generate(**asked)
+    assert len(partial) == len(ledger.entries()) == 1
+    assert first.b64_json == again.b64_json == unstreamed.data[0].b64_json
+    with pytest.raises(openai.ConflictError, match="idempotency key was sent before"):
+        images.images.generate(**asked | {"prompt": "a cat"}, stream=True)
+
+
+def test_two_that_share_a_stream_s_picture_each_get_what_they_asked_for(
+    images: openai.OpenAI, engine: FakeEngine, ledger: Ledger
+) -> None:
+    engine.waits = {7: threading.Event()}
+    asked = {"model": SPARK, "prompt": "a red fox", "stream": True, "extra_body": {"seed": 7}}
+    asked |= {"extra_headers": {"Idempotency-Key": "once"}}
+    first = images.images.generate(**asked, partial_images=3)
+    second = images.images.generate(**asked, partial_images=1)
+    assert next(second).type == "image_generation.partial_image"
+    engine.waits[7].set()
+    assert [event.type for event in second] == ["image_generation.completed"]
+    assert len(list(first)) == 4
+    assert len(engine.jobs) == len(ledger.entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BusyError("All places are taken.", 7), "busy", "All places are taken."),
+        (KeyError(), "internal_error", "Something broke here."),
+    ],
+)
+def test_what_goes_wrong_in_a_stream_is_an_exception(
+    images: openai.OpenAI, engine: FakeEngine, ledger: Ledger, error: Exception, code: str, message: str
+) -> None:
+    def failing(model: str, request: Request) -> Picture:
+        raise error
+
+    engine.answer = failing
+    events = images.images.generate(model=SPARK, prompt="a red fox", stream=True, partial_images=1)
+    assert next(events).type == "image_generation.partial_image"
+    with pytest.raises(openai.APIError, match=message) as caught:
+        next(events)
+    assert caught.value.code == code
+    assert [entry.price for entry in ledger.entries()] == [0]
+
+
+def test_who_leaves_a_stream_cancels(images: openai.OpenAI, engine: FakeEngine, ledger: Ledger) -> None:
+    engine.held = True
+    events = images.images.generate(model=SPARK, prompt="a red fox", stream=True, partial_images=1)
+    wait_until(lambda: engine.futures)
+    events.close()
+    wait_until(lambda: engine.futures[0].cancelled())
+    wait_until(ledger.entries)
+    assert [(entry.outcome, entry.price) for entry in ledger.entries()] == [("cancelled", 0)]

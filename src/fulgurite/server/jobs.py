@@ -36,6 +36,7 @@ class Order:
     body_hash: str
     idempotency_key: str | None
     stream: bool = False  # its steps are told
+    previews: int | None = None  # the most of its steps that are shown, none of them the last; None: all are
     headers: dict[str, str] = field(default_factory=dict)  # that the answer carries, besides how it was made
 
     def name(self) -> tuple[str, str]:
@@ -184,7 +185,7 @@ class Jobs:
         loop = asyncio.get_running_loop()
 
         def on_step(done: int, steps: int, preview: Preview) -> None:
-            image = preview()
+            image = preview() if shown(order, done, steps) else None
             step = StepDone(done, steps, preview_bytes(image) if image else None)
             loop.call_soon_threadsafe(job.stepped, step)
 
@@ -239,6 +240,14 @@ def so_far(answer: "asyncio.Future[Answer]") -> Answer | BaseException:
     if not answer.done() or answer.cancelled():
         return shutting_down()
     return answer.exception() or answer.result()
+
+
+def shown(order: Order, done: int, steps: int) -> bool:
+    """Whether a step is told with a preview: not with more than are wanted, since each takes the engine's time."""
+    if order.previews is None:
+        return True
+    most = min(order.previews, steps - 1)
+    return done in {steps * number // (most + 1) for number in range(1, most + 1)}  # spread evenly
 
 
 def outcome(job: Job, error: Exception) -> Outcome:

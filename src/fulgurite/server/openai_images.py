@@ -25,9 +25,11 @@ from fulgurite.server.body import PictureBody, read_body
 from fulgurite.server.headers import LIMITS, NOTES
 from fulgurite.server.jobs import Order, made, notes_header, so_far
 from fulgurite.server.limits import counted
+from fulgurite.server.openai_stream import OpenAIDialect
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, awaited
 from fulgurite.server.problems import Problem, error_responses, logged
 from fulgurite.server.service import Service
+from fulgurite.server.streaming import MEDIA_TYPE, streamed
 
 STEPS = {"low": 2, "medium": 4}  # the most that are spent; what else quality may be stands for all
 UNHEEDED = ("moderation", "safety_identifier", "style", "user")  # what is said in these changes no picture here
@@ -44,7 +46,14 @@ def checked_size(size: str) -> str:
 
 def as_here(schema: dict[str, Any]) -> None:
     """For OpenAPI: what these parameters are where they are left out."""
-    schema["not"] = {"anyOf": [{"required": ["size", "width"]}, {"required": ["size", "height"]}]}
+    several_streamed = {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}}
+    schema["not"] = {
+        "anyOf": [
+            {"required": ["size", "width"]},
+            {"required": ["size", "height"]},
+            {"required": ["stream", "n"], "properties": several_streamed},
+        ]
+    }
     for name, else_it_is in (("width", "size's"), ("height", "size's"), ("num_steps", "quality's")):
         field = schema["properties"][name]
         del field["default"]
@@ -69,6 +78,10 @@ class GenerationBody(Parameters):
     response_format: Literal["b64_json"] | None = Field(None, description="Pictures come as base64; there are no URLs.")
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="PNG unless said.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
+    stream: bool | None = Field(None, description="Server-sent events instead of one answer; of one picture only.")
+    partial_images: Annotated[int, Field(ge=0, le=3), BeforeValidator(whole)] | None = Field(
+        None, description="The most partial images that a stream shows before the picture: none unless said."
+    )
     style: str | None = Field(None, max_length=200, description="Changes nothing, which a note says.")
     moderation: str | None = Field(None, max_length=200, description="Changes nothing, which a note says.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Changes nothing, which a note says.")
@@ -79,6 +92,8 @@ class GenerationBody(Parameters):
         given = self.model_dump(include=set(Parameters.model_fields), exclude_unset=True)
         if "size" in self.model_fields_set and {"width", "height"} & set(given):
             raise Problem(422, "invalid_parameter", "size: send it, or width and height, not both.", "size")
+        if self.stream and (self.n or 1) > 1:
+            raise Problem(422, "invalid_parameter", "n: a stream tells of one picture, so send 1, or no stream.", "n")
         width, height = usual_size if self.size in (None, "auto") else map(int, self.size.split("x"))
         asked = {"width": width, "height": height} | given
         if self.quality in STEPS:
@@ -171,7 +186,11 @@ def rendered(asked: PictureBody, answers: list[Answer]) -> bytes:
 
 def add_openai_images(app: FastAPI, service: Service) -> None:
     described: dict[int | str, dict[str, Any]] = {
-        200: {"description": "The pictures that were made.", "headers": NOTES | LIMITS},
+        200: {
+            "description": "The pictures that were made; or a stream of events, the last of which has the picture.",
+            "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+            "headers": NOTES | LIMITS,
+        },
         **error_responses(400, 401, 402, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503),
     }
     body = {"required": True, "content": {"application/json": {"schema": GenerationBody.model_json_schema()}}}
@@ -189,6 +208,16 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
 
         Each is billed, and made or not, by itself: where some of several were not, the others are the answer, and
         X-Fulgurite-Notes says why.
+
+        With `stream` the answer is server-sent events as OpenAI has them, each with JSON as its data:
+
+        * `image_generation.partial_image`, after some of the steps, evenly spread, never the last: `b64_json`, a coarse
+          preview enlarged to the picture's size; `partial_image_index`, from 0. Few steps have few partial images.
+        * `image_generation.completed`, the last: `b64_json`; `made`, as without a stream; `usage`, all of it 0, since
+          pictures are not billed by tokens.
+        * `error`, the last instead, as in the stream of POST /api/v1.
+
+        The first two have `type`, `created_at`, `size`, `quality`, `background` and `output_format` besides.
         """
         key = await service.admitted(http)
         asked = await read_body(http, service.settings.max_body_bytes, GenerationBody)
@@ -200,13 +229,23 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
                 422, "invalid_parameter", f"n: this key may have {counted(most, 'picture')} made at once.", "n"
             )
         try:
-            orders = [numbered(service.order_of(http, key, body), i, count) for i, body in enumerate(bodies)]
+            ordered = [numbered(service.order_of(http, key, body), i, count) for i, body in enumerate(bodies)]
         except RequestError as error:  # its parameters are in no "data" here
             raise Problem(422, "invalid_parameter", str(error), error.param) from None
+        # Whatever its header Accept says. Where no partial image is wanted, no step is told.
+        shown = (asked.partial_images or 0) if asked.stream else 0
+        orders = [replace(order, stream=bool(shown), previews=shown) for order in ordered]
+        unheeded = [f"{name} changes nothing here" for name in UNHEEDED if getattr(asked, name)]
+        if asked.stream:
+            await service.jobs.refuse_reuse(orders[0])
+            data = bodies[0].data
+            dialect = OpenAIDialect(data.width, data.height, asked.output_format or "png", asked.quality, shown)
+            return streamed(http, service.jobs, service.jobs.start(orders[0]), dialect, notes_header(unheeded))
+        if asked.partial_images:
+            unheeded.append("partial_images changes nothing without stream")
         answers, notes = await all_made(http, service, orders)
-        notes += [f"{name} changes nothing here" for name in UNHEEDED if getattr(asked, name)]
         content = await asyncio.to_thread(rendered, bodies[0], answers)
-        return Response(content, media_type="application/json", headers=notes_header(notes))
+        return Response(content, media_type="application/json", headers=notes_header(notes + unheeded))
 
     @app.get("/v1/models", summary="The models, as OpenAI lists its own")
     async def models() -> Listing:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Security
 from fastapi import Request as HTTPRequest
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 
 from fulgurite.picture_file import FORMATS
@@ -67,8 +67,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         order = await service.order(http)
         job = service.jobs.start(order)
         if order.stream:
-            told = streaming.events(http, service.jobs, job)
-            return StreamingResponse(told, media_type=streaming.MEDIA_TYPE, headers=streaming.HEADERS)
+            return streaming.streamed(http, service.jobs, job, streaming.OwnDialect(), {})
         answer = await awaited(http, service.jobs, job)
         return Response(answer.content, media_type=answer.media_type, headers=dict(answer.headers))
 

@@ -1,13 +1,14 @@
-"""A picture's way told while it is made, as server-sent events: queued, step, then done or error."""
+"""A picture's way told while it is made, as server-sent events, the last of which is the picture or an error."""
 
 import asyncio
 import base64
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request as HTTPRequest
+from fastapi.responses import StreamingResponse
 
 from fulgurite.records import Answer
 from fulgurite.server.jobs import Job, Jobs, StepDone, made, so_far
@@ -29,7 +30,36 @@ def data_url(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
+class Dialect(Protocol):
+    """How an API's clients are told of what happens; b"" where they are not. Errors are told to all alike."""
+
+    def queued(self, id: str, position: int | None, seconds: float) -> bytes: ...
+
+    async def step(self, step: StepDone) -> bytes: ...
+
+    def done(self, answer: Answer) -> bytes: ...
+
+
+class OwnDialect:
+    """That of ``POST /api/v1``: queued, step, done."""
+
+    def queued(self, id: str, position: int | None, seconds: float) -> bytes:
+        return event("queued", {"id": id, "position": position, "seconds": seconds})
+
+    async def step(self, step: StepDone) -> bytes:
+        preview = data_url("image/jpeg", step.preview) if step.preview else None
+        return event("step", {"step": step.done, "steps": step.steps, "preview": preview})
+
+    def done(self, answer: Answer) -> bytes:
+        return event("done", made(answer) | {"picture": data_url(answer.media_type, answer.content)})
+
+
+def streamed(http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect, headers: dict[str, str]) -> StreamingResponse:
+    """The job's events as an answer, which has these headers besides its own."""
+    return StreamingResponse(events(http, jobs, job, dialect), media_type=MEDIA_TYPE, headers=HEADERS | headers)
+
+
+async def events(http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect) -> AsyncIterator[bytes]:
     """The job's events. Who stops listening waits no longer, and a job that nobody waits for is cancelled."""
     answer, news = asyncio.ensure_future(jobs.wait(job)), asyncio.Event()
     job.listeners.add(news)
@@ -37,24 +67,25 @@ async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes
     try:
         while True:
             ended = answer.done()  # looked at first: no step comes after the end
-            new = [step_event(step) for step in job.steps[told:]]
+            news.clear()  # and this before the steps: telling of one may take until the next
+            new = [await dialect.step(step) for step in job.steps[told:]]
             told += len(new)
             if not ended and not told and (now_at := jobs.position(job)) != place:
                 place, seconds = now_at, round(jobs.seconds_until_begun(job), 3)
-                new.append(event("queued", {"id": job.order.id, "position": place, "seconds": seconds}))
+                new.append(dialect.queued(job.order.id, place, seconds))
             if time.monotonic() - spoke > SILENCE_SECONDS:
                 new.append(b": still here\n\n")
-            for line in new:
+            for line in filter(None, new):
                 spoke = time.monotonic()
                 yield line
             if ended:
                 break
             await any_of(answer, news)
-        yield last_event(http, answer)
+        yield last_event(http, answer, dialect)
     except asyncio.CancelledError:
         if not time_is_up(http.app):  # it was the client who stopped this, not the server
             raise
-        yield last_event(http, answer)
+        yield last_event(http, answer, dialect)
     finally:
         job.listeners.discard(news)
         answer.cancel()
@@ -62,7 +93,6 @@ async def events(http: HTTPRequest, jobs: Jobs, job: Job) -> AsyncIterator[bytes
 
 async def any_of(answer: "asyncio.Future[Answer]", news: asyncio.Event) -> None:
     """Waits for the answer, for news, or for the time to look again."""
-    news.clear()
     heard = asyncio.ensure_future(news.wait())
     try:
         waiting: set[asyncio.Future[Any]] = {answer, heard}
@@ -71,16 +101,11 @@ async def any_of(answer: "asyncio.Future[Answer]", news: asyncio.Event) -> None:
         heard.cancel()
 
 
-def step_event(step: StepDone) -> bytes:
-    preview = data_url("image/jpeg", step.preview) if step.preview else None
-    return event("step", {"step": step.done, "steps": step.steps, "preview": preview})
-
-
-def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]") -> bytes:
+def last_event(http: HTTPRequest, answer: "asyncio.Future[Answer]", dialect: Dialect) -> bytes:
     """The picture, or what went wrong; if nothing has come yet, that the server stops."""
     found = so_far(answer)
     if isinstance(found, Answer):
-        return event("done", made(found) | {"picture": data_url(found.media_type, found.content)})
+        return dialect.done(found)
     said = logged(found, http.state.request_id)
     http.state.code = said.code
     seconds = (said.headers or {}).get("Retry-After")
