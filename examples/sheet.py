@@ -1,6 +1,6 @@
 """Draws docs/sheet.jpg: prompts with their pictures from the embedded model, each the first seed, none picked.
 
-The last four ask for things in styles that training never showed them in.
+Four ask for things in styles that training never showed them in; the last two rows are in words as people write them.
 
 python examples/sheet.py [docs/sheet.jpg]
 """
@@ -25,8 +25,13 @@ a peach | corn on a teal background | a croissant | a hot dog | a cupcake | an i
 a snowflake on a blue background | a cloud | a volcano | saturn | a lightning bolt | a basketball | a key | a crown
 a fox, sticker | a rocket, sticker | a house, cartoon | a robot, cartoon style
 a koala, sticker | a penguin, cartoon style | a snail, cartoon | a tulip, sticker
+portrait of a majestic lion, cinematic lighting | a fluffy poodle sitting in the grass | an owl reading a book
+a cosy cottage in the woods at night | an espresso on a wooden table | a crimson rose, macro shot, bokeh
+astronaut riding a horse | a turquoise butterfly, watercolor | a rubber duck in a bathtub | a grumpy toad with a hat
+a delicious juicy burger, food photography | a limousine parked in the city | a sleepy feline on a purple background
+a jet flying over the ocean, 4k | one shiny ruby on black | an old galleon in a storm
 """
-SIDE, COLUMNS, CAPTION = 128, 8, 26
+SIDE, COLUMNS, CAPTION = 128, 8, 38
 
 
 def main(path: Path) -> None:

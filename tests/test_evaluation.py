@@ -21,11 +21,14 @@ from fulgurite.training.evaluation import Evaluation, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
 from fulgurite.training.negatives import shared_tags
+from fulgurite.training.other_words import Wording
 from fulgurite.training.recipe import students_inside
 from fulgurite.training.scenes import held_out_style
 from fulgurite.training.sources import SPRITE, Sprites, Thing
 from fulgurite.training.students import students_in
 from fulgurite.training.styles import styles
+from fulgurite.training.thesaurus import Thesaurus
+from fulgurite.training.wordings import wordings
 from fulgurite.weights import Networks
 
 CARD = replace(
@@ -215,6 +218,46 @@ def test_styles_that_come_are_counted(evaluation: Evaluation, tmp_path: Path, mo
     ]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| way, held out", "| way, shown"]
     assert (tmp_path / "evaluation/styles.md").read_text().splitlines()[2:] == rows
+
+
+def test_prompts_in_other_words_are_held_against_their_scenes_captions(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures here are the numbers of their seeds, but those of prompts that name a vixen or have more words."""
+    tokenizer = Tokenizer.from_folder(tmp_path, 100)
+    wording = Wording(Thesaurus(frozenset(), {"fox": ("vixen",)}, ("qqq",), ("qqq",), ("qqqing",)), tokenizer)
+    drawn: list[str] = []
+
+    def pictures(unet: UNet, way: Way, texts: list[str], seeds: range) -> torch.Tensor:
+        drawn.extend(texts)
+        numbers = [(seed + ("vixen" in text or "qqq" in text)) % 10 for seed, text in zip(seeds, texts, strict=True)]
+        return torch.tensor(numbers).float().view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+
+    reader = SimpleNamespace(
+        pictures=lambda x: x[:, 0, 0, 0],
+        captions=lambda texts: torch.arange(len(texts)),
+        likeness=lambda shown, said: -(shown[:, None] - said).abs(),
+    )
+    monkeypatch.setattr(evaluation, "pictures", pictures)
+    monkeypatch.setattr(evaluation, "network", lambda way: None)
+    monkeypatch.setattr(evaluation, "reader", reader)
+    rows = wordings(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], wording, 500)
+    missed = [sum("vixen" in text or "qqq" in text for text in drawn[i : i + 10]) for i in (0, 10, 20)]
+    assert 0 == missed[0] < missed[1] <= missed[2]
+    assert [row.split(" (")[0] for row in rows.splitlines()[2:]] == [
+        "| way, captions | 10 | 100 %",
+        f"| way, other names | 10 | {100 - 10 * missed[1]} %",
+        f"| way, other names, and words that say nothing | 10 | {100 - 10 * missed[2]} %",
+    ]
+
+
+def test_an_evaluator_of_another_tokenizer_is_another(
+    evaluation: Evaluation, sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/merges.txt").write_text("#version: 0.2\n")
+    monkeypatch.setattr(evaluation_module, "tokenizer_folder", lambda: tmp_path / "other")
+    assert an_evaluation(sprites, tmp_path, Run()).data != evaluation.data
 
 
 def test_a_close_up_is_a_part_of_the_picture_as_it_is_at_a_place_of_its_numbers() -> None:

@@ -51,7 +51,7 @@ def nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_begins")
-@pytest.mark.parametrize("command", ["recipe", "distil", "decoder", "fast-decoder", "evaluate"])
+@pytest.mark.parametrize("command", ["recipe", "words", "distil", "decoder", "fast-decoder", "evaluate"])
 def test_a_work_folder_that_cannot_be_one_is_named_before_anything_begins(tmp_path: Path, command: str) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -64,7 +64,7 @@ def test_a_work_folder_that_cannot_be_one_is_named_before_anything_begins(tmp_pa
 
 
 @pytest.mark.usefixtures("nothing_begins")
-@pytest.mark.parametrize("command", ["recipe", "distil", "decoder", "fast-decoder"])
+@pytest.mark.parametrize("command", ["recipe", "words", "distil", "decoder", "fast-decoder"])
 def test_an_out_folder_that_cannot_be_one_is_named_before_anything_begins(tmp_path: Path, command: str) -> None:
     file = tmp_path / "file"
     file.touch()

@@ -33,12 +33,12 @@ from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, TimeIsUpError, learning_rate, save_network
 from fulgurite.training.preview import fit_preview
-from fulgurite.training.recipe import write_tokenizer
 from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
 from fulgurite.training.teacher import initialize, noised, train_teacher
 from fulgurite.training.text import NOTHING, Questions, Sketch, answers_of, train_text_encoders
 from fulgurite.training.vae import crops, normalize_latents, to_pixels
+from fulgurite.training.vocabulary import write_tokenizer
 from fulgurite.training.words import SYNONYMS
 from fulgurite.weights.load import load_vae
 

@@ -175,6 +175,25 @@ def distil(
 
 
 @train.command()
+def words(
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Where the folders of the text encoders and the tokenizer go.")] = Path(
+        "spark-words"
+    ),
+    model: Model = EMBEDDED / "spark",
+    preset: Named = "cpu",
+    minutes: Minutes = inf,
+) -> None:
+    """Teaches a finished small model's text encoders prompts in other words than its captions have."""
+    if out.resolve() == model.resolve():
+        raise FulguriteError("--out: name another folder than the model's, which is what the run begins with.")
+    with started(work, preset, minutes, out) as (amounts, run):
+        from fulgurite.training.recipe import other_words_from
+
+        other_words_from(work, model, out, amounts, run)
+
+
+@train.command()
 def decoder(
     work: Work,
     out: Annotated[Path, typer.Option(help="Where the folders vae and fast_decoder go.")] = Path("spark-decoders"),

@@ -33,19 +33,28 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers
 
 
 def words_of(text: str) -> list[str]:
-    """Its words, in small letters, each once, in their order: letters with their marks, and such as emoji."""
+    """Its words, in small letters: letters with their marks, and such as emoji."""
     kinds = {"L", "M", "So"}
     spaced = (
         c if {(kind := unicodedata.category(c)), kind[0]} & kinds else " "
         for c in unicodedata.normalize("NFC", text).lower()
     )
-    return list(dict.fromkeys("".join(spaced).split()))
+    return "".join(spaced).split()
+
+
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokens' numbers and the merges, of ``vocab.json`` and ``merges.txt``."""
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return vocab, [(a, b) for a, b in pairs]
 
 
 class Tokenizer:
     """Text to rows of token ids: start, the prompt, end, then padding to ``length``.
 
-    ``words`` are those that the text encoders have ever read, where they are few; None: as good as any.
+    ``words`` are those that the text encoders have learned, and names of several ("golden retriever"), whose words need
+    not say anything by themselves; None where no list is kept, since they know as good as any.
     """
 
     def __init__(
@@ -57,32 +66,40 @@ class Tokenizer:
         words: frozenset[str] | None = None,
     ) -> None:
         self.length, self.words = length, words
+        self._names: dict[str, list[list[str]]] = {}  # of several words, by their first
+        for name in map(words_of, words or ()):
+            if len(name) > 1:
+                self._names.setdefault(name[0], []).append(name)
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad_token]
         self._bpe = clip_bpe(vocab, merges)
 
     @classmethod
     def from_folder(cls, folder: Path, length: int = 77) -> "Tokenizer":
         """Reads ``vocab.json`` and ``merges.txt``; where they are there, ``tokenizer_config.json``'s pad token, and
-        ``words.txt``, a word a line.
+        ``words.txt``, a word or a name of several a line.
         """
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        vocab, merges = read_vocabulary(folder)
         config = folder / "tokenizer_config.json"
         pad = json.loads(config.read_text(encoding="utf-8")).get("pad_token", END) if config.exists() else END
         pad = pad["content"] if isinstance(pad, dict) else pad
         listed = folder / "words.txt"
-        words = frozenset(listed.read_text(encoding="utf-8").split()) if listed.exists() else None
-        return cls(vocab, [(a, b) for a, b in pairs], length, pad, words)
+        words = frozenset(listed.read_text(encoding="utf-8").splitlines()) if listed.exists() else None
+        return cls(vocab, merges, length, pad, words)
 
     def unknown(self, text: str) -> list[str]:
-        """Words that the text encoders never read, so that they say little or nothing to them.
+        """Words that the text encoders never learned, each once, so that they say little or nothing to them.
 
         Of Latin ones those of more than two letters: such as "in" and "my" say little in any case.
         """
         if self.words is None:
             return []
-        return [word for word in words_of(text) if not (word.isascii() and len(word) < 3) and word not in self.words]
+        words = words_of(text)
+        said = [word in self.words or (word.isascii() and len(word) < 3) for word in words]
+        for i, word in enumerate(words):
+            for name in self._names.get(word, ()):
+                if words[i : i + len(name)] == name:
+                    said[i : i + len(name)] = [True] * len(name)
+        return list(dict.fromkeys(word for word, known in zip(words, said, strict=True) if not known))
 
     def encode(self, text: str) -> tuple[list[int], bool]:
         """One prompt's ``length`` ids, and whether the prompt was too long and has been cut."""

@@ -24,7 +24,7 @@ NO_TOKENS = {
 
 
 def enlarged(preview: bytes, width: int, height: int, output_format: str) -> bytes:
-    """A preview at the picture's size; where the network drew another shape, what the picture will show of it."""
+    """A preview at the picture's size, cut to its shape where the network drew another."""
     with Image.open(io.BytesIO(preview)) as small:
         image = ImageOps.fit(small, (width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Stage four: the decoder taught on, with the encoder as it is: latents, and what was learned from them, stand.
+"""Stage five: the decoder taught on, with the encoder as it is: latents, and what was learned from them, stand.
 
 What a UNet ends with is not what an encoder says: outlines are softer, plain areas uneven. So scenes' latents are
 noised part of the way and walked back as serving walks, and the decoder learns to make of that what the scene's render

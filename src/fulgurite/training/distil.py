@@ -1,4 +1,4 @@
-"""Stage five: from a teacher of many steps to students of few.
+"""Stage six: from a teacher of many steps to students of few.
 
 Progressive adversarial diffusion distillation, SDXL-Lightning's method (Lin et al., arXiv 2402.13929): each student
 learns to reach in one step where its teacher comes in several, then is the next one's teacher. The first learns from
@@ -331,7 +331,8 @@ def made_of(plan: Distillation, ground: Ground, students: Path) -> str:
     """A fingerprint of all that a student comes from, so that no other's checkpoint is gone on from."""
     names = sorted({name for name in (plan.teacher, plan.start, plan.upon) if name})
     files = [ground.unet, *(finished_student(students, name)[0] for name in names)]
-    return fingerprint(replace(plan, updates=0), ground.card.prediction, ground.latents.latents[:FEW], *files)
+    numbers = ground.latents.latents[:FEW]
+    return fingerprint(replace(plan, updates=0), ground.card.prediction, numbers, *ground.encoders, *files)
 
 
 def learning(plan: Distillation, ground: Ground, students: Path) -> tuple[UNet, nn.ModuleDict, Discriminator | None]:

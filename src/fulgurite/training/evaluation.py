@@ -23,7 +23,7 @@ from fulgurite.models import VAE, UNet
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
-from fulgurite.training.reader import close_up, rendered, scenes_of, seen, train_reader
+from fulgurite.training.reader import close_up, rendered, scenes_of, seen, tokenizer_folder, train_reader
 from fulgurite.training.scenes import caption
 from fulgurite.training.sources import Sprites
 from fulgurite.training.steps import Guide, Sayer, decoded, drawn
@@ -133,7 +133,7 @@ class Evaluation:
         """``steps``: of the evaluator's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
-        self.data = fingerprint(self.scenes, steps, "whole", "close up")
+        self.data = fingerprint(self.scenes, steps, tokenizer_folder() / "merges.txt", "whole", "close up")
         self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
         self.reader = train_reader(sprites, folder / f"reader-{self.data}", steps, run)
         self.captions = [caption(scene, rng) for scene in self.scenes]

@@ -20,9 +20,15 @@ from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
 from fulgurite.weights.load import load_tokenizer, locate
 
+SHIPPED = "fulgurite/spark"
 SIDE = 64  # pixels, of what the encoder sees
 FEATURES = 64
 PICTURES = 8000  # rendered beforehand to train on
+
+
+def tokenizer_folder() -> Path:
+    """Of the shipped model's tokenizer, by which captions are read."""
+    return locate(card(SHIPPED), 0).tokenizers[0]
 
 
 class PictureEncoder(nn.Module):
@@ -45,9 +51,8 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        shipped = card("fulgurite/spark")
-        words = shipped.text_encoders[0]
-        self.tokenizer = load_tokenizer(locate(shipped, 0).tokenizers[0], words)
+        words = card(SHIPPED).text_encoders[0]
+        self.tokenizer = load_tokenizer(tokenizer_folder(), words)
         self.pictures = PictureEncoder()
         self.texts = CLIPTextEncoder(
             CLIPTextConfig(

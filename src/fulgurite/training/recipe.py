@@ -1,10 +1,8 @@
 """The embedded model from nothing, as one command: data, autoencoder, text encoders, UNet, decoders, students."""
 
-import json
 import random
 import shutil
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from accelerate import PartialState
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, Tokenizer
-from fulgurite.models.tokenizer import END, words_of
+from fulgurite.training import phrases
 from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Evaluation, evaluate, ways_of
@@ -23,15 +21,19 @@ from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
+from fulgurite.training.other_words import Wording, teach_other_words, understood
 from fulgurite.training.plans import QUICK, SMALL
 from fulgurite.training.preview import preview_lines
-from fulgurite.training.scenes import caption, names_of, no_caption, random_scene
+from fulgurite.training.scenes import random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.students import students_in, write_card
 from fulgurite.training.styles import styles
-from fulgurite.training.teacher import train_teacher, train_tokenizer
+from fulgurite.training.teacher import train_teacher
 from fulgurite.training.text import train_text_encoders
+from fulgurite.training.thesaurus import Thesaurus
 from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
+from fulgurite.training.vocabulary import add_words, grow, write_tokenizer, write_vocabulary
+from fulgurite.training.wordings import wordings
 from fulgurite.training.words import FIRST
 from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_folder, locate
@@ -42,6 +44,9 @@ FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
 READER_STEPS = 1500  # of the evaluator
 LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts and styles are evaluated
 EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
+WORDED = 500  # pictures of prompts in other words
+TEXTS = 40_000  # of other words, from which the tokenizer learns more
+TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Preset:
     text_steps: int
     teacher_steps: int
     batch: int
+    words_steps: int
     decoder_steps: int
     fast_decoder_steps: int
     distillations: tuple[Distillation, ...]
@@ -64,28 +70,13 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         "cpu", True, FIRST, vae_steps=1150, scenes=24_000, text_steps=2500, teacher_steps=15_000, batch=32,
-        decoder_steps=4000, fast_decoder_steps=11_000, distillations=QUICK,
+        words_steps=8000, decoder_steps=4000, fast_decoder_steps=11_000, distillations=QUICK,
     ),
     "gpu": Preset(
         "cuda", False, None, vae_steps=20_000, scenes=200_000, text_steps=10_000, teacher_steps=100_000, batch=256,
-        decoder_steps=10_000, fast_decoder_steps=50_000, distillations=SMALL,
+        words_steps=20_000, decoder_steps=10_000, fast_decoder_steps=50_000, distillations=SMALL,
     ),
 }  # fmt: skip
-
-
-def write_tokenizer(sprites: Sprites, size: int, folder: Path) -> None:
-    """Learns the vocabulary from captions, and writes it as CLIP's tokenizer is published; beside it, their words."""
-    rng = random.Random("tokenizer")
-    texts = [caption(random_scene(rng, sprites), rng) for _ in range(20_000)]
-    texts += [no_caption(rng) for _ in range(1_000)]
-    vocab, merges = train_tokenizer(texts, size)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    words = sorted(set(words_of(" ".join(chain(texts, *map(names_of, sprites.things))))))
-    (folder / "words.txt").write_text("\n".join([*words, ""]), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": END}), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -121,6 +112,39 @@ def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: s
     if PartialState().is_main_process:
         card_file, students = out.with_name(f"{out.name}.toml"), students_in(out, ground.unet)
         write_card("spark_lightning.toml", card_file, ground.unet, students, preview)
+
+
+def wording(work: Path, sprites: Sprites, tokenizer: Tokenizer, held_out: bool = False) -> Wording:
+    """Other words for the scenes of these sprites."""
+    with PartialState().main_process_first():
+        thesaurus = Thesaurus.of(sprites.things, tokenizer.words or (), work / "sprites/packages")
+    return Wording.of(thesaurus, tokenizer, held_out)
+
+
+def other_words(work: Path, tokenizer: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> Ground:
+    """Teaches the ground's text encoders other words, and returns the ground with what they have become.
+
+    ``tokenizer``: the folder of its tokenizer, which grows; both are written into the model's folder ``out``.
+    """
+    words, length = wording(work, sprites, ground.tokenizers[0]), ground.tokenizers[0].length
+    rng = random.Random("more words")
+    grown = grow(tokenizer, (words.pair(random_scene(rng, sprites), rng)[1] for _ in range(TEXTS)))
+    if PartialState().is_main_process:
+        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+        write_vocabulary(out / "tokenizer", grown.vocab, grown.merges)
+    PartialState().wait_for_everyone()
+    words = replace(words, tokenizer=Tokenizer.from_folder(out / "tokenizer", length))
+    folder = (
+        work / f"words-{fingerprint(ground.unet, *ground.encoders, grown, words.thesaurus, Path(phrases.__file__))}"
+    )
+    encoders = teach_other_words(ground, words, grown.new, folder, preset.words_steps)
+    if PartialState().is_main_process:
+        for name, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
+            save_network(encoder, out / name / "model.safetensors")
+        add_words(out / "tokenizer", understood(encoders, words, ground.run.device).taught())
+    PartialState().wait_for_everyone()
+    listed = Tokenizer.from_folder(out / "tokenizer", length)
+    return replace(ground, encoders=encoders, tokenizers=(listed, listed))
 
 
 def decoders(work: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> None:
@@ -164,6 +188,12 @@ def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) ->
     distil_all(work, out, preset, ground)
 
 
+def other_words_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
+    """A finished model's text encoders taught other words; they and the tokenizer go to the folder ``out``."""
+    ground, sprites = ground_of(work, model, preset, preset.scenes, run)
+    other_words(work, model / "tokenizer", out, preset, ground, sprites)
+
+
 def decoders_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
     """A finished model's decoder taught on, and a fast one from it."""
     ground, sprites = ground_of(work, model, preset, LESSONS, run)
@@ -193,6 +223,7 @@ def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Pre
     closer = [way for way in ways if way.name in LOOKED_INTO]
     styles(evaluation, closer, EACH)
     negatives(evaluation, closer, EACH)
+    wordings(evaluation, closer, wording(work, sprites, networks.tokenizers[0], held_out=True), WORDED)
 
 
 def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
@@ -203,10 +234,11 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     """
     of_model = card(MODEL)
     data = Data.built(work, preset)
-    if PartialState().is_main_process and not (out / "tokenizer/tokenizer_config.json").exists():
-        write_tokenizer(data.sprites, of_model.text_encoders[0].vocab_size, out / "tokenizer")
+    vocabulary = work / "tokenizer"
+    if PartialState().is_main_process and not (vocabulary / "tokenizer_config.json").exists():
+        write_tokenizer(data.sprites, of_model.text_encoders[0].vocab_size, vocabulary)
     PartialState().wait_for_everyone()
-    tokenizer = Tokenizer.from_folder(out / "tokenizer", of_model.text_encoders[0].max_position_embeddings)
+    tokenizer = Tokenizer.from_folder(vocabulary, of_model.text_encoders[0].max_position_embeddings)
 
     vae = train_vae(data.sprites, of_model.vae, work / "vae", preset.vae_steps, run)
     normalize_latents(vae, to_pixels(render_pictures(data.sprites, 128, "normalize")).to(run.device))
@@ -219,12 +251,11 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
         [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
     )
     if PartialState().is_main_process:
-        for name, encoder in encoders.items():
-            save_network(encoder, out / name / "model.safetensors")
         save_network(unet, out / UNET_FILE)
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
     ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
+    ground = other_words(work, vocabulary, out, preset, ground, data.sprites)
     decoders(work, out, preset, ground, data.sprites)
     preview = preview_lines(square, data.sprites)
     if PartialState().is_main_process:

@@ -163,6 +163,15 @@ def render(scene: Scene, sprites: Sprites) -> np.ndarray:
     return np.array(canvas)
 
 
+@dataclass(frozen=True)
+class Said:
+    """What words for a scene say of it, where they may leave it out or say it otherwise."""
+
+    names: tuple[str, ...]  # of its things
+    white: bool  # that a white background is white
+    styled: bool  # which style it is in
+
+
 def plain(thing: Thing) -> str:
     return thing.name.removesuffix(" face")
 
@@ -193,11 +202,15 @@ def with_article(words: str, rng: random.Random) -> str:
     return words if pick < 0.9 else "the " + words
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """Words for the scene: its things, their colours if turned, the background unless white, the style at times."""
+def caption(scene: Scene, rng: random.Random, said: Said | None = None) -> str:
+    """Words for the scene: its things, their colours if turned, the background unless white, the style at times.
+
+    ``said``: what is by chance otherwise.
+    """
     parts = []
-    for placed in scene.things:
-        words = f"{placed.colour} {name_of(placed.thing, rng)}" if placed.colour else name_of(placed.thing, rng)
+    for i, placed in enumerate(scene.things):
+        name = said.names[i] if said else name_of(placed.thing, rng)
+        words = f"{placed.colour} {name}" if placed.colour else name
         if rng.random() < 0.2:
             words = f"{rng.choice(FILLERS)} {words}"
         parts.append(with_article(words, rng))
@@ -205,10 +218,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
     if len(scene.background) == 2:
         text += rng.choice((" on a {} to {} gradient background", " on a {} and {} gradient")).format(*scene.background)
-    elif scene.background[0] != "white" or rng.random() < 0.15:
+    elif scene.background[0] != "white" or (said.white if said else rng.random() < 0.15):
         text += rng.choice((" on a {} background", " on {}", ", {} background")).format(scene.background[0])
 
-    if rng.random() >= UNSAID_STYLE.get(scene.style, OTHERS_UNSAID):
+    if said.styled if said else rng.random() >= UNSAID_STYLE.get(scene.style, OTHERS_UNSAID):
         word = rng.choice(STYLE_WORDS[scene.style])
         text = f"{text}, {word}" if rng.random() < 0.8 else f"{word} of {text}"
     if rng.random() < 0.08:

@@ -4,20 +4,15 @@ The last timestep is trained on pure noise, which is what sampling starts from: 
 picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
 """
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from fulgurite.cards import Card
 from fulgurite.kernels.cpu import accelerate_training
 from fulgurite.models import Tokenizer, UNet
-from fulgurite.models.tokenizer import END, START, clip_bpe
 from fulgurite.models.unet import ResnetBlock, SpatialTransformer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
@@ -28,24 +23,6 @@ from fulgurite.training.steps import seeded
 UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
 OTHER_SHAPES = 0.06  # how often a batch is not square
-
-
-def train_tokenizer(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary of ``size`` in CLIP's order: bytes, bytes that end a word, merges, start, end; and its merges."""
-    letters = sorted(ByteLevel.alphabet())
-    alphabet = letters + [letter + "</w>" for letter in letters]
-    bpe = clip_bpe({START: 0, END: 1}, [])
-    trainer = BpeTrainer(
-        vocab_size=2 * size, initial_alphabet=letters, end_of_word_suffix="</w>", special_tokens=[START, END],
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator(captions, trainer)
-    learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    merges = learned[: size - len(alphabet) - 2]
-    words = dict.fromkeys([*alphabet, *(a + b for a, b in merges)])
-    words |= dict.fromkeys(f"<|unused{i}|>" for i in range(size - len(words) - 2))
-    words |= dict.fromkeys([START, END])
-    return {word: i for i, word in enumerate(words)}, merges  # type: ignore[return-value]
 
 
 def noised(latents: Tensor, timesteps: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:

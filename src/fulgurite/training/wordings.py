@@ -1,0 +1,57 @@
+"""Whether prompts in other words draw the same: with names that captions do not have, and words that say nothing.
+
+The evaluator knows captions alone, so a picture is held against the caption of its scene, among 100, whatever its
+prompt was. Of the words that say nothing those of the thesaurus are ones that training never showed.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from fulgurite.training.evaluation import Evaluation, Way, found, share
+from fulgurite.training.fingerprint import fingerprint
+from fulgurite.training.other_words import Wording
+from fulgurite.training.reader import seen
+from fulgurite.training.scenes import Scene, caption
+
+KINDS = "captions", "other names", "other names, and words that say nothing"
+AT_ONCE = 50  # pictures
+
+
+def told(wording: Wording, scene: Scene, number: int) -> tuple[str, ...]:
+    """A scene's caption, and the same in other words: a prompt of each kind."""
+    said, otherwise = wording.said(scene, random.Random(f"said {number}"))
+    rng = random.Random(f"words {number}")
+    in_other_words = wording.whole(lambda: wording(scene, rng, otherwise))
+    return caption(scene, rng, said), caption(scene, rng, otherwise), in_other_words
+
+
+@torch.no_grad()
+def rows_of(evaluation: Evaluation, way: Way, prompts: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of the table for pictures that a way draws of the prompts of each kind, of the same scenes in order."""
+    unet, captions, rows = evaluation.network(way), evaluation.reader.captions(prompts[0]), []
+    for kind, texts in zip(KINDS, prompts, strict=True):
+        pictures = []
+        for start in range(0, len(texts), AT_ONCE):
+            seeds = range(start, min(start + AT_ONCE, len(texts)))
+            drawn = evaluation.pictures(unet, way, texts[start : seeds.stop], seeds)
+            pictures.append(evaluation.reader.pictures(seen(drawn)))
+        hits = found(evaluation.reader.likeness(torch.cat(pictures), captions))
+        rows.append(f"| {way.name}, {kind} | {len(texts)} | {share(int(hits.sum()), len(texts))} |")
+    return rows
+
+
+def wordings(evaluation: Evaluation, ways: Sequence[Way], wording: Wording, count: int) -> str:
+    """A Markdown table of how often the evaluator finds the caption of what was asked for in other words.
+
+    ``count``: scenes, at most.
+    """
+    prompts = list(zip(*(told(wording, scene, i) for i, scene in enumerate(evaluation.scenes[:count])), strict=True))
+    head = "drawn by", "pictures", "whose caption is found among 100"
+    parts = {
+        (way.name, fingerprint(evaluation.made_of(way), prompts)): partial(rows_of, evaluation, way, prompts)
+        for way in ways
+    }
+    return evaluation.table("wordings", head, parts)
