@@ -1,6 +1,6 @@
 """Stage four: the text encoders, taught to read prompts in other words than captions have.
 
-People write names that captions do not know, and much that no small picture can show: "portrait of a majestic poodle
+People write names that captions do not know, and much that no small picture can show: "portrait of a majestic lion
 in the forest, cinematic lighting, 8k". Here each scene is described twice, by a caption and so; what the encoders as
 they were made of the caption, they learn to make of the other as well. What has to agree is what the finished UNet
 predicts, and the states behind the prompt, which have no words of their own; so words that say nothing may take any
