@@ -67,7 +67,7 @@ class Tokenizer:
     ) -> None:
         self.length, self.words = length, words
         self._names: dict[str, list[list[str]]] = {}  # of several words, by their first
-        for name in map(words_of, words or ()):
+        for name in (name.split() for name in words or ()):
             if len(name) > 1:
                 self._names.setdefault(name[0], []).append(name)
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad_token]

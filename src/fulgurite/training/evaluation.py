@@ -208,20 +208,20 @@ class Evaluation:
         def draw(start: int, stop: int) -> Tensor:
             nonlocal unet
             unet = unet or self.network(way)
-            pictures = []
-            for first in range(start, stop, BATCH):
-                last = min(first + BATCH, stop)
-                pictures.append(self.pictures(unet, way, self.captions[first:last], range(first, last)))
-            return torch.cat(pictures)
+            return self.pictures(unet, way, self.captions[start:stop], range(start, stop))
 
         return draw
 
     def pictures(self, unet: UNet, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """What a way's network draws of the prompts, ``[N, 3, H, W]``."""
-        shape = self.card.native_shapes[0]
-        away = Guide(self.say([""] * len(prompts), shape), self.card.guidance_strength) if way.guided else None
-        latents = drawn(unet, self.card, shape, self.say(prompts, shape), away, seeds, way.steps)
-        return decoded(self.vae, latents).cpu()
+        shape, pictures = self.card.native_shapes[0], []
+        for start in range(0, len(prompts), BATCH):
+            some = slice(start, start + BATCH)
+            to = self.say(prompts[some], shape)
+            away = Guide(self.say([""] * len(to.context), shape), self.card.guidance_strength) if way.guided else None
+            latents = drawn(unet, self.card, shape, to, away, seeds[some], way.steps)
+            pictures.append(decoded(self.vae, latents).cpu())
+        return torch.cat(pictures)
 
     def network(self, way: Way) -> UNet:
         unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)

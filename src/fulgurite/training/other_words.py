@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.kernels.cpu import accelerate_training
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import words_of
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
-from fulgurite.training.distil import Ground
+from fulgurite.training.distil import Ground, network
 from fulgurite.training.loop import Stage
 from fulgurite.training.phrases import LINKS, MORE_FAULTS, MORE_STYLES, OPENINGS, PLACES, PRAISE, SHADES
 from fulgurite.training.scenes import STYLE_WORDS, Placed, Said, Scene, a_or_an, caption, name_of, no_caption, plain
@@ -33,7 +32,6 @@ from fulgurite.training.steps import seeded
 from fulgurite.training.teacher import noised
 from fulgurite.training.thesaurus import Thesaurus, plural
 from fulgurite.training.words import FILLERS
-from fulgurite.weights.load import load_unet
 
 AS_BEFORE = 0.25  # how often a caption is described by itself: what is known is to stay
 SAYS_NOTHING = 0.1  # how often there is no scene
@@ -223,10 +221,7 @@ def teach_other_words(
     now = deepcopy(before).requires_grad_(True)
     for encoder in now.encoders:
         begin(encoder.get_parameter("text_model.embeddings.token_embedding.weight").data, new)
-    unet = load_unet(ground.unet, ground.card, run.device, torch.float32).requires_grad_(False)
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if run.kind == "cpu":
-        accelerate_training(unet)
+    unet = network(ground, ground.unet.parent)
     stage = Stage(folder, nn.ModuleDict({"encoders": now}), peak=peak, steps=steps, decay=0.998, run=run)
     sigmas = train_sigmas().to(run.device)
     width, height = ground.latents.size

@@ -31,7 +31,7 @@ def train_tokenizer(captions: Iterable[str], size: int) -> tuple[dict[str, int],
     learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     merges = learned[: size - len(alphabet) - 2]
     words = dict.fromkeys([*alphabet, *(a + b for a, b in merges)])
-    words |= dict.fromkeys(f"<|unused{i}|>" for i in range(size - len(words) - 2))
+    words |= dict.fromkeys(f"{UNUSED}{i}|>" for i in range(size - len(words) - 2))
     words |= dict.fromkeys([START, END])
     return {word: i for i, word in enumerate(words)}, merges  # type: ignore[return-value]
 

@@ -17,7 +17,6 @@ from fulgurite.training.reader import seen
 from fulgurite.training.scenes import Scene, caption
 
 KINDS = "captions", "other names", "other names, and words that say nothing"
-AT_ONCE = 50  # pictures
 
 
 def told(wording: Wording, scene: Scene, number: int) -> tuple[str, ...]:
@@ -33,12 +32,8 @@ def rows_of(evaluation: Evaluation, way: Way, prompts: Sequence[Sequence[str]]) 
     """Lines of the table for pictures that a way draws of the prompts of each kind, of the same scenes in order."""
     unet, captions, rows = evaluation.network(way), evaluation.reader.captions(prompts[0]), []
     for kind, texts in zip(KINDS, prompts, strict=True):
-        pictures = []
-        for start in range(0, len(texts), AT_ONCE):
-            seeds = range(start, min(start + AT_ONCE, len(texts)))
-            drawn = evaluation.pictures(unet, way, texts[start : seeds.stop], seeds)
-            pictures.append(evaluation.reader.pictures(seen(drawn)))
-        hits = found(evaluation.reader.likeness(torch.cat(pictures), captions))
+        pictures = evaluation.pictures(unet, way, texts, range(len(texts)))
+        hits = found(evaluation.reader.likeness(evaluation.reader.pictures(seen(pictures)), captions))
         rows.append(f"| {way.name}, {kind} | {len(texts)} | {share(int(hits.sum()), len(texts))} |")
     return rows
 
