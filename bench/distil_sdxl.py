@@ -1,20 +1,22 @@
 """The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
 
-Ready for one GPU of 80 GB. A LoRA by squared error and then, upon it, another against a discriminator; then the plan's
-first stage as it is, a whole UNet by squared error, and a whole UNet against a discriminator, which may not fit. A step
-is one batch: the plan's updates gather many. Writes 11 GB into a temporary folder. With --small the networks are small,
+Ready for one GPU of 80 GB. The plan's first stage as it is, a whole UNet by squared error; a LoRA by squared error and
+then, upon it, another against a discriminator; and a whole UNet against a discriminator, which may not fit. A step is
+one batch: the plan's updates gather many. Writes 11 GB into a temporary folder. With --small the networks are small,
 which any machine bears.
 
-    python bench/distil_sdxl.py [--small] [--batch 4] [--steps 5] [--folder /tmp]
+    python bench/distil_sdxl.py --out results [--small] [--batch 4] [--steps 3] [--folder /tmp]
 """
 
 import argparse
 import gc
-import json
+import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, Stage
 from fulgurite.training.plans import RANK, SDXL
 from fulgurite.training.sdxl import SIZE, teacher_card
+from report import Report
 
 SMALL = UNetConfig(
     block_out_channels=(32, 64, 64), transformer_layers_per_block=(0, 1, 2), attention_head_dim=16,
@@ -69,11 +72,13 @@ class Words:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for results.jsonl and log.txt")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="of each stage that are timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="of each stage that are timed, after one that is not")
     parser.add_argument("--folder", default=tempfile.gettempdir())
     arguments = parser.parse_args()
+    report = Report(arguments.out)
     device = str(PartialState().device)
     of_model = small(teacher_card()) if arguments.small else teacher_card()
     size = (128, 128) if arguments.small else SIZE
@@ -81,10 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         unet = random_network(UNet, of_model.unet, device)
-        print(
-            f"{sum(p.numel() for p in unet.parameters()) / 1e9:.2f} billion weights in the UNet, on {device}",
-            flush=True,
-        )
+        report.row("UNet", device=device, billion_weights=sum(p.numel() for p in unet.parameters()) / 1e9)
         save_file({key: tensor.contiguous() for key, tensor in unet.state_dict().items()}, folder / "unet.safetensors")
         del unet
         encoders = [random_network(CLIPTextEncoder, config, device) for config in of_model.text_encoders]
@@ -99,37 +101,40 @@ def main() -> None:
         guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)
         against = replace(SDXL[1], name="against", teacher="guided", upon="guided", updates=updates)
         whole = replace(SDXL[3], name="whole", teacher="guided", upon="guided", start=None, updates=updates)
-        for plan in (guided, against, replace(SDXL[0], updates=updates), whole):
-            print(json.dumps(measured(plan, ground, folder)), flush=True)
+        first = replace(SDXL[0], updates=updates)
+        for name, plan in {
+            "first": first, "LoRA": guided, "LoRA against a discriminator": against, "whole, against one": whole,
+        }.items():  # fmt: skip
+            report.part(name, partial(measure, report, name, plan, ground, folder))
+    if failed := report.failed():
+        sys.exit(f"These failed: {', '.join(failed)}.")
 
 
-def measured(plan: distillation.Distillation, ground: Ground, folder: Path) -> dict[str, object]:
+def measure(report: Report, name: str, plan: distillation.Distillation, ground: Ground, folder: Path) -> None:
     """Seconds a step and the most memory of a stage's first steps, after one that is not timed; no checkpoints."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     ends: list[float] = []
-    update, save = Stage.update, Stage.save
+    update = Stage.update
 
     def timed(stage: Stage, losses: dict[str, torch.Tensor]) -> None:
         update(stage, losses)  # its losses are read there, so a GPU is done by now
         ends.append(time.perf_counter())
 
-    told = {"objective": plan.objective, "learns": "small changes" if plan.rank else "the whole UNet"}
-    Stage.update, Stage.save = timed, lambda stage: None  # type: ignore[method-assign]
-    try:
+    # Without checkpoints there is nothing to be gone on from, and gigabytes need no fingerprint.
+    unmarked = patch.object(distillation, "made_of", lambda plan, ground, students: "here")
+    with patch.object(Stage, "update", timed), patch.object(Stage, "save", lambda stage: None), unmarked:
         distil(plan, ground, folder / "students", folder / "work")
-    except torch.OutOfMemoryError as error:
-        return told | {"batch": ground.batch, "failed": str(error)}
-    finally:
-        Stage.update, Stage.save = update, save  # type: ignore[method-assign]
-    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return told | {
-        "batch": ground.batch,
-        "seconds_a_step": round(seconds, 3),
-        "memory_gb": round(peak_memory(ground.run.device) / 1e9, 2),
-    }
+    report.row(
+        f"{name}, a step",
+        objective=plan.objective,
+        learns="small changes" if plan.rank else "the whole UNet",
+        batch=ground.batch,
+        seconds=(ends[-1] - ends[0]) / (len(ends) - 1),
+        memory_gb=(peak_memory(ground.run.device) or 0) / 1e9,
+    )
 
 
 if __name__ == "__main__":

@@ -5,133 +5,73 @@ to its end, and in which whatever needs a GPU is skipped and says so.
 
 Random weights in half precision. Needs the package with what it depends on, and Triton for the kernels; diffusers is
 measured in the same run where it can be imported. Every result is a line of results.jsonl and of log.txt as soon as it
-is there: a run that is cut off has lost nothing. A stage that fails is told and leaves the others alone. Stages are in
-the order of what they are expected to gain; after --minutes no more are begun.
+is there, those of single kernels in the folder kernels. Parts are in the order of what they are to tell: what a picture
+takes first. Each needs some seconds, and is not begun where less is left of --minutes. Single evaluations are timed as
+graphs, so that the times are the GPU's and not Python's, except where a row says "eager".
 """
 
 import argparse
 import json
 import platform
-import statistics
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import GroupNorm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fulgurite import Pipeline, Request
-from fulgurite.benchmark import Laps, flop_counts, matrix_ceiling, peak_memory
+from fulgurite import Picture, Pipeline
+from fulgurite.benchmark import flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import Graph, GraphedUNet
-from fulgurite.models import UNet, UNetConfig, VAEConfig
-from fulgurite.models.layers import GroupNormSiLU
+from fulgurite.models import VAE, UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import smallest_batch
 from fulgurite.request import plan
 from fulgurite.sampling import TRAIN_STEPS
 from peers.works import Work, random_weights, sdxl
+from report import Report, Skip
+from timing import Timer
 
 # Prompt to pixels on the host, 1024x1024, of an H100: seconds of a picture, or pictures a second.
 TARGETS = {"batch 1, 4 steps": (0.130, 0.100), "batch 1, 1 step": (0.055, 0.055), "4 steps, throughput": (12, 16)}
-NORM_SHAPES = [(1, 320, 128, 128), (1, 1280, 32, 32), (1, 512, 256, 256), (1, 256, 1024, 1024), (1, 128, 1024, 1024)]
-ROUNDED_SHAPES = [(4096, 640), (4096, 2560), (1024, 1280), (1024, 5120)]
-GEGLU_SHAPES = [(1, 4096, 2 * 2560), (1, 1024, 2 * 5120)]
-BATCHES, STEPS = (1, 4, 8), (1, 2, 4, 8)
-CALLS = 50  # of a kernel that are timed together: alone it is over before the next is launched
-TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}  # relative to 1 + the value
-
-
-class Report:
-    """Results, kept as they come."""
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._rows, self._log = folder / "results.jsonl", folder / "log.txt"
-        self._started, self._minutes = time.monotonic(), minutes
-        self.results: dict[str, dict[str, Any]] = {}
-
-    def say(self, line: str) -> None:
-        line = f"{time.monotonic() - self._started:6.1f} s  {line}"
-        print(line, flush=True)
-        with self._log.open("a") as file:
-            print(line, file=file)
-
-    def row(self, name: str, **values: Any) -> None:
-        self.results[name] = values
-        with self._rows.open("a") as file:
-            print(json.dumps({"name": name, **values}), file=file)
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-        self.say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
-
-    def look_at_the_clock(self) -> None:
-        """Raises Skip once the minutes are over."""
-        if time.monotonic() - self._started > 60 * self._minutes:
-            raise Skip(f"the {self._minutes:g} minutes are over")
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What goes wrong in it is told, and the run goes on; a ``Skip`` says why there is nothing to measure."""
-        try:
-            yield
-        except Skip as skip:
-            self.row(name, skipped=str(skip))
-        except Exception as error:
-            self.row(name, failed=f"{type(error).__name__}: {error}")
-            self.say(traceback.format_exc())
-
-
-class Skip(Exception):
-    """There is nothing to measure here."""
+STEPS = (1, 2, 4, 8)
+FEW = 3  # times that whole pictures are drawn
+FAR = 0.02  # relative error of a network, from which something is wrong
 
 
 class Bench:
     """The networks and what is measured of them."""
 
-    def __init__(self, report: Report, work: Work, device: str, dtype: torch.dtype, repeats: int) -> None:
-        self.report, self.work, self.device, self.dtype, self.repeats = report, work, device, dtype, repeats
+    def __init__(self, report: Report, work: Work, device: str, dtype: torch.dtype) -> None:
+        self.report, self.work, self.device, self.dtype = report, work, device, dtype
         self.pipeline = Pipeline(work.card, random_weights(work, dtype, device), device, dtype)
         self.networks = self.pipeline.networks
         fuse(self.networks.unet)  # as a server's is
         self.to = plan(work.card, work.request)
         self.flops = flop_counts(work.card, work.request)
+        self.time = Timer(report, device)
         self.cuda = device == "cuda"
-        self.batches, self.steps = (BATCHES, STEPS) if self.cuda else ((1, 2), (1, 2))
-        self.calls = CALLS if self.cuda else 1
+        self.format = torch.contiguous_format  # of the UNet; the quicker one once that is known
+        self.wrong_kernels: list[str] | None = None  # not looked at yet
 
-    def time(
-        self,
-        name: str,
-        call: Callable[[], object],
-        part: str = "",
-        batch: int = 1,
-        repeats: int | None = None,
-        calls: int = 1,
-    ) -> float:
-        """The median seconds of a call, as a row; of a ``part`` with the share of the ceiling that it reaches."""
-        for _ in range(2 if self.cuda else 0):
-            call()
-        times = []
-        for _ in range(repeats or self.repeats):
-            laps = Laps(self.device)
-            for _ in range(calls):
-                call()
-            laps.lap(name, calls)
-            times.append(laps.seconds[name])
-        middle, extra = statistics.median(times), {}
-        if part and "ceiling" in self.report.results:
-            extra["of_ceiling"] = batch * self.flops[part] / middle / self.report.results["ceiling"]["flops"]
-        self.report.row(name, ms=1000 * middle, lowest=1000 * min(times), highest=1000 * max(times), **extra)
-        return middle
+    def step(self, name: str, unet: UNet, inputs: list[Tensor] | None = None, batch: int = 1) -> float:
+        inputs = inputs or self.inputs(batch, unet)
+        return self.time(name, self.time.captured(lambda: unet(*inputs)), flops=batch * self.flops["step"])
+
+    def decode(self, name: str) -> float:
+        vae, latent = self.networks.vae, self.inputs()[0]
+        return self.time(name, self.time.captured(lambda: vae.decode(latent)), flops=self.flops["decode"])
 
     def inputs(self, batch: int = 1, unet: UNet | None = None) -> list[Tensor]:
         """Random arguments of the UNet, or of another one, of so many rows."""
@@ -150,226 +90,194 @@ class Bench:
         if not self.cuda:
             raise Skip("there is no GPU here")
 
-    # The stages
-
-    def kernels_are_right(self) -> None:
-        """Against the plain torch, on the device, before anything is measured with them."""
-        for shape in NORM_SHAPES if self.cuda else [(1, 64, 8, 8)]:
-            for form in (torch.contiguous_format, torch.channels_last):
-                self.norms(shape, form)
-        for shape in GEGLU_SHAPES if self.cuda else [(1, 4, 64)]:
-            self.gate(shape)
-        for shape in ROUNDED_SHAPES if self.cuda else [(4, 64)]:
-            self.rounding(shape)
-
-    def norms(self, shape: tuple[int, ...], form: torch.memory_format) -> None:
-        from fulgurite.kernels.cuda import group_norm, total
-
-        size = f"{'x'.join(map(str, shape))}, {str(form).removeprefix('torch.')}"
-        x, other = (self.random(*shape).to(memory_format=form) for _ in range(2))
-        bias, vectors, pixels = self.random(shape[1]), self.random(*shape[:2]), (..., None, None)
-        norm, silu = (kind(32, shape[1], device=self.device, dtype=self.dtype) for kind in (GroupNorm, GroupNormSiLU))
-        self.both(f"group norm {size}", lambda: group_norm(x, norm, silu=False), lambda: norm(x))
-        self.both(f"group norm + SiLU {size}", lambda: group_norm(x, silu, silu=True), lambda: silu(x))
-        self.both(
-            f"bias + vectors + group norm + SiLU {size}",
-            lambda: group_norm(x, silu, silu=True, bias=bias, vectors=vectors),
-            lambda: silu(x.add(bias[pixels]).add_(vectors[pixels])),
-        )
-        self.both(f"two + bias {size}", lambda: total(x, other, bias), lambda: x.add(bias[pixels]).add_(other))
-
-    def gate(self, shape: tuple[int, ...]) -> None:
-        from fulgurite.kernels.cuda import geglu
-
-        both = self.random(*shape)
-        value, gate = both.chunk(2, dim=-1)
-        self.both(f"GEGLU {'x'.join(map(str, shape))}", lambda: geglu(both), lambda: value * F.gelu(gate))
-
-    def rounding(self, shape: tuple[int, ...]) -> None:
-        from fulgurite.kernels.cuda import rounded
-
-        name, rows = f"8 bits {'x'.join(map(str, shape))}", self.random(*shape).bfloat16()
-        (found, scales), (wanted, wanted_scales) = rounded(rows), float8.rounded(rows)
-        alike = (found.view(torch.uint8) == wanted.view(torch.uint8)).float().mean().item()
-        self.report.row(f"{name}, alike", share=alike, scales=torch.equal(scales, wanted_scales))
-        if self.cuda and alike < 1:  # Triton's interpreter rounds in its own way
-            raise AssertionError(f"{name}: {alike:.6f} of the numbers are those of plain torch")
-        self.time(f"{name}, plain", lambda: float8.rounded(rows), calls=self.calls)
-        self.time(f"{name}, Triton", lambda: rounded(rows), calls=self.calls)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device).to(self.dtype)
-
-    def both(self, name: str, fused: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
-        self.same(name, fused(), plain())
-        self.time(f"{name}, plain", plain, calls=self.calls)
-        self.time(f"{name}, Triton", fused, calls=self.calls)
-
-    def same(self, name: str, found: Tensor, wanted: Tensor) -> None:
-        """Raises AssertionError where two ways differ by more than their precision; the error is a row either way."""
-        found, wanted = found.float(), wanted.float()
-        error = ((found - wanted).abs() / (1 + wanted.abs())).max().item()
-        self.report.row(f"{name}, error", error=error, finite=bool(found.isfinite().all()))
-        if not error <= TOLERANCE[self.dtype]:
-            raise AssertionError(f"{name} differs by {error:.2g}, more than {TOLERANCE[self.dtype]:.2g}")
+    # The parts
 
     def eager(self) -> None:
         unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
-        latent = torch.randn_like(inputs[0])
-        self.time("text, eager", lambda: self.pipeline.encode(self.work.request.prompt), "text")
-        self.time("step, eager", lambda: unet(*inputs), "step")
-        vae.to(memory_format=torch.contiguous_format)
-        self.time("decode, eager", lambda: vae.decode(latent), "decode")
-        vae.to(memory_format=torch.channels_last)
-        self.time("decode, channels-last", lambda: vae.decode(latent), "decode")
-        pixels = vae.decode(latent).float()[0]
+        self.time("text, eager", lambda: self.pipeline.encode(self.work.request.prompt), flops=self.flops["text"])
+        self.time("step, eager", lambda: unet(*inputs), flops=self.flops["step"])
+        self.time("decode, eager", lambda: vae.decode(inputs[0]), flops=self.flops["decode"])
+        pixels = vae.decode(inputs[0]).float()[0]
         row = self.pipeline.start(self.work.request, self.pipeline.encode)
         self.time("to host", lambda: self.pipeline.picture(row, pixels))
-        unet.to(memory_format=torch.channels_last)
-        self.time("step, channels-last", lambda: unet(*inputs), "step")
-        unet.to(memory_format=torch.contiguous_format)
 
-    def attention(self) -> None:
-        self.needs_cuda()
-        inputs = self.inputs()
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            with self.report.stage(f"step, Triton, {backend.name}"), sdpa_kernel(backend):
-                self.time(f"step, Triton, {backend.name}", lambda: self.networks.unet(*inputs), "step")
+    def plain(self) -> None:
+        """Both memory formats of the plain networks."""
+        unet, vae = self.networks.unet, self.networks.vae
+        self.step("step", unet)
+        with in_format(unet, torch.channels_last, then=torch.contiguous_format):
+            self.step("step, channels-last", unet)
+        self.decode("decode, channels-last")
+        with in_format(vae, torch.contiguous_format, then=torch.channels_last):
+            self.decode("decode")
+
+    def check_kernels(self) -> None:
+        self.wrong_kernels = self.run_kernels()
+        self.report.row("kernels that are wrong here", names=self.wrong_kernels)
+
+    def run_kernels(self, *options: str) -> list[str]:
+        """In a process of its own, since a kernel that goes wrong may take its process's GPU with it; what failed."""
+        program, folder = Path(__file__).with_name("gpu_kernels.py"), self.report.folder / "kernels"
+        command = [sys.executable, program, "--out", folder, *options, *([] if self.cuda else ["--smoke"])]
+        ended = subprocess.run([*map(str, command)], timeout=min(240, self.report.seconds_left()))
+        if ended.returncode not in (0, 1):
+            raise RuntimeError(f"{program.name} ended with {ended.returncode}")
+        rows = map(json.loads, (folder / "results.jsonl").read_text(encoding="utf-8").splitlines())
+        return sorted(row["name"] for row in rows if "failed" in row)
+
+    def need_kernels(self, *kinds: str) -> None:
+        if self.wrong_kernels is None or any(name.startswith(kinds) for name in self.wrong_kernels):
+            raise Skip("the kernels have not been found right here")
 
     def triton(self) -> None:
         """From here on the networks are on the kernels, and the UNet in the memory format that is quicker."""
+        self.need_kernels("norms", "GEGLU")
         from fulgurite.kernels import cuda
 
         unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
         wanted = unet(*inputs), vae.decode(inputs[0])
         cuda.accelerate(unet)
         cuda.accelerate(vae)
-        self.report.row(
-            "Triton kernels, relative error of the networks",
-            step=relative_error(unet(*inputs), wanted[0]),
-            decode=relative_error(vae.decode(inputs[0]), wanted[1]),
-        )
-        contiguous = self.time("step, Triton", lambda: unet(*inputs), "step")
-        unet.to(memory_format=torch.channels_last)
-        last = self.time("step, Triton, channels-last", lambda: unet(*inputs), "step")
+        errors = relative_error(unet(*inputs), wanted[0]), relative_error(vae.decode(inputs[0]), wanted[1])
+        self.report.row("Triton kernels, relative error of the networks", step=errors[0], decode=errors[1])
+        if not max(errors) < FAR:
+            raise AssertionError("the networks differ on the kernels")
+        contiguous = self.step("step, Triton", unet)
+        with in_format(unet, torch.channels_last, then=torch.contiguous_format):
+            last = self.step("step, Triton, channels-last", unet)
+        if last < contiguous:
+            self.format = torch.channels_last
+            unet.to(memory_format=self.format)
         self.report.row("the UNet from here on", channels_last=last < contiguous)
-        if last >= contiguous:
-            unet.to(memory_format=torch.contiguous_format)
-        self.time("decode, Triton, channels-last", lambda: vae.decode(inputs[0]), "decode")
+        self.decode("decode, Triton, channels-last")
 
-    def graphs(self) -> None:
-        """The step and the decode of each batch as a graph."""
-        self.needs_cuda()
-        for batch in self.batches:
-            inputs = self.inputs(batch)
-            step, decode = GraphedUNet(self.networks.unet), Graph(self.networks.vae.decode, inputs[:1])
-            self.same(f"step, graph, batch {batch}", step(*inputs), self.networks.unet(*inputs))
-            self.time(f"step, graph, batch {batch}", lambda: step(*inputs), "step", batch)  # noqa: B023
-            self.time(f"decode, graph, batch {batch}", lambda: decode(inputs[0]), "decode", batch)  # noqa: B023
+    def picture(self, name: str, steps: int, batch: int, graphs: str = "") -> None:
+        """Prompt to pixels on the host, by the pipeline's own stages, of a batch of pictures.
 
-    def pictures(self, name: str, *, graphs: bool, batches: Sequence[int], all_steps: Sequence[int]) -> None:
-        """Prompt to pixels on the host, by the pipeline's own stages, of each batch and number of steps."""
+        ``graphs``: of what: nothing, the UNet, or the decoder too.
+        """
         if graphs:
             self.needs_cuda()
-        for steps in all_steps:
-            for batch in batches:
-                request = replace(self.work.request, num_steps=steps)
-                unet = GraphedUNet(self.networks.unet) if graphs else self.networks.unet
-                self.pipeline.networks = replace(self.networks, unet=unet)
+        networks, request = self.networks, replace(self.work.request, num_steps=steps)
+        if graphs:
+            networks = replace(networks, unet=GraphedUNet(networks.unet))
+        if graphs == "all":
+            latent = torch.empty(1, *self.to.latent_shape, device=self.device, dtype=self.dtype)
+            decode: Any = SimpleNamespace(decode=Graph(networks.vae.decode, [latent]), config=networks.vae.config)
+            networks = replace(networks, vae=decode)
+        smallest = smallest_batch(self.work.card, self.pipeline.device, self.to.latent_shape)
 
-                def draw(request: Request = request, batch: int = batch) -> None:
-                    rows = [self.pipeline.start(request, self.pipeline.encode) for _ in range(batch)]
-                    smallest = smallest_batch(self.work.card, self.pipeline.device, self.to.latent_shape)
-                    while rows[0].done < rows[0].plan.steps:
-                        self.pipeline.step(rows, max(batch, smallest))
-                    for row in rows:
-                        self.pipeline.finish(row)
+        def draw() -> list[Picture]:
+            rows = [self.pipeline.start(request, self.pipeline.encode) for _ in range(batch)]
+            while rows[0].done < rows[0].plan.steps:
+                self.pipeline.step(rows, max(batch, smallest))
+            return [self.pipeline.finish(row) for row in rows]
 
-                full = f"{name}, batch {batch}, {steps} step{'s' if steps > 1 else ''}"
-                seconds = self.time(full, draw, repeats=min(self.repeats, 3))
-                self.report.row(f"{full}, throughput", pictures_a_second=batch / seconds)
-        self.pipeline.networks = self.networks
-
-    def overlap(self) -> None:
-        """Four steps of one picture beside the decode of the one before, on streams of their own."""
-        self.needs_cuda()
-        unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
-        side, count = torch.cuda.Stream(), 8
-
-        def together() -> None:
-            for _ in range(count):
-                for _ in range(4):
-                    latent = unet(*inputs)
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    vae.decode(latent)
-                latent.record_stream(side)
-            torch.cuda.current_stream().wait_stream(side)
-
-        def apart() -> None:
-            for _ in range(count):
-                for _ in range(4):
-                    latent = unet(*inputs)
-                vae.decode(latent)
-
-        for name, call in (("one after the other", apart), ("decode beside the steps", together)):
-            seconds = self.time(f"{count} pictures, 4 steps, {name}", call)
-            self.report.row(f"{name}, throughput", pictures_a_second=count / seconds)
-
-    def compiled(self, *modes: str) -> None:
-        """By torch's compiler, on fresh plain networks: it fuses what the kernels do by itself."""
-        self.needs_cuda()
-        networks = random_weights(self.work, self.dtype, self.device)
-        vae, inputs = networks.vae.to(memory_format=torch.channels_last), self.inputs(unet=networks.unet)
-        for mode in modes:
-            with self.report.stage(f"compiled, {mode}"):
-                torch.compiler.reset()
-                started = time.perf_counter()
-                step, decode = torch.compile(networks.unet, mode=mode), torch.compile(vae.decode, mode=mode)
-                step(*inputs), decode(inputs[0])
-                self.report.row(f"compiled, {mode}, first call", seconds=time.perf_counter() - started)
-                self.time(f"step, compiled, {mode}", lambda: step(*inputs), "step")  # noqa: B023
-                self.time(f"decode, compiled, {mode}", lambda: decode(inputs[0]), "decode")  # noqa: B023
+        wanted = draw() if graphs else []
+        self.pipeline.networks = networks
+        try:
+            if graphs:
+                alike = [a.image.tobytes() == b.image.tobytes() for a, b in zip(draw(), wanted, strict=True)]
+                self.report.row(f"{name}, pictures as without graphs", all=all(alike))
+            seconds = self.time(name, draw, repeats=FEW if self.cuda else 1)
+        finally:
+            self.pipeline.networks = self.networks
+        self.report.row(f"{name}, throughput", pictures_a_second=batch / seconds)
 
     def float8(self) -> None:
         """The step's large linear layers in 8 bits, the rest in bfloat16, beside all in bfloat16; on the kernels.
 
-        Once with the rounding left to torch: what its kernel gains.
+        With the rounding left to torch, which shows what its kernel gains; and with sums of fewer bits, which Hopper
+        adds up quicker.
         """
+        self.need_kernels("")
         from fulgurite.kernels import cuda
 
         unet = random_weights(self.work, torch.bfloat16, self.device).unet
         fuse(unet)
         cuda.accelerate(unet)
+        unet.to(memory_format=self.format)
         inputs = self.inputs(unet=unet)
         wanted = unet(*inputs)
-        self.time("step, Triton, bfloat16", lambda: unet(*inputs), "step")
+        self.step("step, Triton, bfloat16", unet, inputs)
         float8.accelerate(unet)
-        self.time("step, Triton, float8, rounded by torch", lambda: unet(*inputs), "step")
+        self.step("step, Triton, float8, rounded by torch", unet, inputs)
         cuda.accelerate(unet)
-        self.report.row("float8, relative error of the step", step=relative_error(unet(*inputs), wanted))
-        self.time("step, Triton, float8", lambda: unet(*inputs), "step")
-        self.needs_cuda()
-        graphed = GraphedUNet(unet)
-        self.time("step, graph, float8", lambda: graphed(*inputs), "step")
+        quick = patch.object(torch, "_scaled_mm", partial(torch._scaled_mm, use_fast_accum=True))
+        for sums, change in (("", nullcontext()), (", sums of fewer bits", quick if self.cuda else nullcontext())):
+            with change:
+                error = relative_error(unet(*inputs), wanted)
+                self.report.row(f"float8{sums}, relative error of the step", step=error)
+                self.step(f"step, Triton, float8{sums}", unet, inputs)
 
-    def diffusers(self) -> None:
-        """The same networks in diffusers, as its users run them and compiled."""
+    def overlap(self) -> None:
+        """Four steps of one picture beside the decode of the one before, on streams of their own."""
+        self.needs_cuda()
+        unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
+        step, decode = (self.time.captured(call) for call in (lambda: unet(*inputs), lambda: vae.decode(inputs[0])))
+        side, count = torch.cuda.Stream(), 8
+
+        def together() -> None:
+            for _ in range(count):
+                for _ in range(4):
+                    step()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    decode()
+            torch.cuda.current_stream().wait_stream(side)
+
+        def apart() -> None:
+            for _ in range(count):
+                for _ in range(4):
+                    step()
+                decode()
+
+        for name, call in (("one after the other", apart), ("decode beside the steps", together)):
+            seconds = self.time(f"{count} pictures, 4 steps, {name}", call, repeats=FEW)
+            self.report.row(f"{name}, throughput of step and decode", pictures_a_second=count / seconds)
+
+    def attention(self, backend: SDPBackend) -> None:
+        self.needs_cuda()
+        with sdpa_kernel(backend):
+            self.step(f"step, {backend.name}", self.networks.unet)
+
+    def compiled(self) -> None:
+        """By torch's compiler with its graphs, on fresh plain networks: it fuses what the kernels do by itself."""
+        self.needs_cuda()
+        networks = random_weights(self.work, self.dtype, self.device)
+        vae, inputs = networks.vae.to(memory_format=torch.channels_last), self.inputs(unet=networks.unet)
+        for part, network, given in (("step", networks.unet, inputs), ("decode", vae.decode, inputs[:1])):
+            call, started = torch.compile(network, mode="reduce-overhead"), time.perf_counter()
+            call(*given)
+            self.report.row(f"{part}, compiled, first call", seconds=time.perf_counter() - started)
+            self.time(f"{part}, compiled", lambda: call(*given), flops=self.flops[part])  # noqa: B023
+
+    def diffusers(self, name: str, **options: bool) -> None:
+        """The same networks in diffusers."""
         try:
             from peers.diffusers_way import DiffusersWay
         except ImportError as error:
             raise Skip(f"diffusers cannot be imported: {error}") from None
+        if options:
+            self.needs_cuda()
         networks = random_weights(self.work, self.dtype, self.device)
         work = replace(self.work, load=lambda work, dtype: networks, request=replace(self.work.request, num_steps=4))
-        for name, options in (("eager", {}), ("compiled", {"channels_last": True, "compiled": True})):
-            with self.report.stage(f"diffusers, {name}"):
-                if options:
-                    self.needs_cuda()
-                way = DiffusersWay(work, self.dtype, device=self.device, **options)
-                way.draw()
-                found = [way.draw()[1] for _ in range(self.repeats)]
-                middle = {part: 1000 * statistics.median(each[part] for each in found) for part in found[0]}
-                self.report.row(f"diffusers, {name}, 4 steps", **middle)
+        way = DiffusersWay(work, self.dtype, device=self.device, **options)
+        way.draw()
+        found = [way.draw()[1] for _ in range(FEW)]
+        self.report.row(
+            f"diffusers, {name}, 4 steps", **{part: 1000 * sorted(each[part] for each in found)[1] for part in found[0]}
+        )
+
+
+@contextmanager
+def in_format(network: UNet | VAE, form: torch.memory_format, then: torch.memory_format) -> Iterator[None]:
+    """The network's weights in a memory format for a while."""
+    network.to(memory_format=form)
+    try:
+        yield
+    finally:
+        network.to(memory_format=then)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -378,7 +286,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def against_targets(report: Report) -> None:
     """The best of all ways beside what is aimed at."""
-    rows = report.results
+    rows = {name: row for name, row in report.results.items() if not name.startswith("target")}
     for name, (most, aim) in TARGETS.items():
         if name.endswith("throughput"):
             found = [row["pictures_a_second"] for key, row in rows.items() if key.endswith(name)]
@@ -398,10 +306,45 @@ def smoke_work() -> Work:
     return replace(sdxl(256), card=of_model)
 
 
+def measure_all(bench: Bench) -> None:
+    report = bench.report
+
+    def pictures(way: str, graphs: str, *sizes: tuple[int, int], needs: float = 15) -> None:
+        for batch, steps in sizes:
+            name = f"{way}, batch {batch}, {steps} step{'s' if steps > 1 else ''}"
+            report.part(f"pictures: {name}", partial(bench.picture, name, steps, batch, graphs), needs)
+
+    report.part("ceiling", lambda: report.row("ceiling", flops=matrix_ceiling(bench.device, bench.dtype)))
+    report.part("eager", bench.eager)
+    pictures("eager", "", (1, 4), (1, 1))
+    report.part("plain", bench.plain, needs=10)
+    report.part("the kernels' own check", bench.check_kernels, needs=60)
+    kind = "Triton and graphs" if report.part("Triton kernels", bench.triton, needs=30) else "graphs"
+    pictures(kind, "UNet", (1, 4), (1, 1))
+    pictures(f"{kind}, of the decoder too", "all", (1, 4), (1, 1))
+    against_targets(report)
+    report.part("float8", bench.float8, needs=30)
+    pictures(kind, "UNet", (4, 4), (8, 4), (4, 1), (8, 1), (1, 2), (1, 8), needs=20)
+    for batch in (4, 8) if bench.cuda else (2,):
+        step = partial(bench.step, f"step, batch {batch}", bench.networks.unet, batch=batch)
+        report.part(f"steps of {batch}", step, needs=15)
+    against_targets(report)
+    report.part("diffusers", partial(bench.diffusers, "eager"), needs=40)
+    report.part("overlap", bench.overlap, needs=15)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):  # cuDNN's is what torch takes itself
+        report.part(f"attention, {backend.name}", partial(bench.attention, backend), needs=10)
+    report.part("compiled", bench.compiled, needs=150)
+    report.part("the kernels' times", partial(bench.run_kernels, "--times"), needs=90)
+    options = {"channels_last": True, "compiled": True}
+    report.part("diffusers, compiled", partial(bench.diffusers, "compiled", **options), needs=150)
+    report.row("peak memory", bytes=peak_memory(bench.device))
+    against_targets(report)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True, help="the folder for results.jsonl and log.txt")
-    arguments.add_argument("--minutes", type=float, default=8.5, help="after which no stage is begun")
+    arguments.add_argument("--minutes", type=float, default=8.5, help="in which all parts are to end")
     arguments.add_argument("--smoke", action="store_true", help="a tiny run on the CPU, with TRITON_INTERPRET=1")
     given = arguments.parse_args()
     if not given.smoke and not torch.cuda.is_available():
@@ -410,36 +353,13 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     report.row("machine", device=name, torch=torch.__version__, python=platform.python_version())
     if given.smoke:
-        bench = Bench(report, smoke_work(), "cpu", torch.float32, repeats=1)
+        bench = Bench(report, smoke_work(), "cpu", torch.float32)
     else:
-        bench = Bench(report, sdxl(1024), "cuda", torch.float16, repeats=7)
+        bench = Bench(report, sdxl(1024), "cuda", torch.float16)
+    report.say("the networks are here")
     with torch.inference_mode():
-        stages = [
-            ("ceiling", lambda: report.row("ceiling", flops=matrix_ceiling(bench.device, bench.dtype))),
-            ("the kernels' own check", bench.kernels_are_right),
-            ("eager", bench.eager),
-            ("pictures, eager", lambda: bench.pictures("eager", graphs=False, batches=[1], all_steps=[1, 4])),
-            ("Triton kernels", bench.triton),
-            ("graphs", bench.graphs),
-            (
-                "pictures, graphs",
-                lambda: bench.pictures("Triton and graphs", graphs=True, batches=bench.batches, all_steps=bench.steps),
-            ),
-            ("float8", bench.float8),
-            ("overlap", bench.overlap),
-            ("attention", bench.attention),
-            ("compiled", lambda: bench.compiled("default", "reduce-overhead")),
-            ("diffusers", bench.diffusers),
-            ("compiled by trying out", lambda: bench.compiled("max-autotune-no-cudagraphs")),  # minutes of it: last
-        ]
-        for name, measure in stages:
-            with report.stage(name):
-                report.look_at_the_clock()
-                report.say(f"--- {name}")
-                measure()
-    report.row("peak memory", bytes=peak_memory(bench.device))
-    against_targets(report)
-    if failed := [name for name, row in report.results.items() if "failed" in row]:
+        measure_all(bench)
+    if failed := report.failed():
         sys.exit(f"These failed: {', '.join(failed)}.")
 
 

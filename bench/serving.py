@@ -49,6 +49,7 @@ class Bench:
     make_load: Callable[[], Load]
     sizes: Sequence[tuple[int, int]]  # widths and heights, each as often as the others
     exact: bool = True
+    warm: int = 16  # pictures of each number of steps, before any is timed
 
     def picture(self, chance: random.Random, steps: int | None = None) -> Request:
         width, height = chance.choice(self.sizes)
@@ -58,7 +59,7 @@ class Bench:
     def ready(self, way: str) -> tuple[Submit, Callable[[], None]]:
         """One way of serving, warm: how to ask it, and how to close it."""
         load, chance = self.make_load(), random.Random(0)
-        warm = [self.picture(chance, steps) for steps in STEPS for _ in range(16)]
+        warm = [self.picture(chance, steps) for steps in STEPS for _ in range(self.warm)]
         if way == "ours":
             engine = Engine(lambda: Runner(load, exact=self.exact), queue_size=100_000)
             wait([engine.submit(self.model, request) for request in warm])  # batches are proven once
@@ -118,7 +119,7 @@ class Static:
         self._pipeline_for, self._most = pipeline_for, most
         self._waiting: list[tuple[Request, Future[Picture]]] = []
         self._changed, self._closed = threading.Condition(), False
-        self._thread = threading.Thread(target=self._work)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> Future[Picture]:
@@ -136,12 +137,21 @@ class Static:
 
     def _work(self) -> None:
         while batch := self._batch():
-            pipeline = self._pipeline_for(batch[0][0].num_steps)
-            rows = [pipeline.start(request, pipeline.encode) for request, _ in batch]
-            for _ in range(rows[0].plan.steps):
-                pipeline.step(rows, sum(row.plan.network_rows for row in rows))
-            for row, (_, job) in zip(rows, batch, strict=True):
-                job.set_result(pipeline.finish(row))
+            try:
+                pictures = self._drawn([request for request, _ in batch])
+            except Exception as error:
+                for _, job in batch:
+                    job.set_exception(error)
+            else:
+                for picture, (_, job) in zip(pictures, batch, strict=True):
+                    job.set_result(picture)
+
+    def _drawn(self, requests: Sequence[Request]) -> list[Picture]:
+        pipeline = self._pipeline_for(requests[0].num_steps)
+        rows = [pipeline.start(request, pipeline.encode) for request in requests]
+        for _ in range(rows[0].plan.steps):
+            pipeline.step(rows, sum(row.plan.network_rows for row in rows))
+        return [pipeline.finish(row) for row in rows]
 
     def _batch(self) -> list[tuple[Request, Future[Picture]]]:
         def kind(request: Request) -> tuple[int, int, int]:
@@ -219,9 +229,17 @@ def embedded(dtype: str) -> Loader:
 
 
 def measured(
-    bench: Bench, loads: Sequence[float], seconds: float, ways: Sequence[str] = WAYS, run: Callable[..., Any] = alone
+    bench: Bench,
+    loads: Sequence[float],
+    seconds: float,
+    ways: Sequence[str] = WAYS,
+    run: Callable[..., Any] = alone,
+    keep: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> dict[str, Any]:
-    """Offers each load to each way, printing a line for each; everything found, ready for JSON."""
+    """Offers each load to each way, printing a line for each; everything found, ready for JSON.
+
+    ``keep`` is given each row as soon as it is there.
+    """
     own = run(bench.own_times)
     capacity = len(STEPS) / sum(own.values())
     told = ", ".join(f"{n} steps {1000 * seconds:.0f}" for n, seconds in own.items())
@@ -232,11 +250,12 @@ def measured(
     for load in loads:
         for name in ways:
             *found, (_, throughput) = run(bench.offer, name, load * capacity, seconds, int(100 * load))
-            row: dict[str, object] = {"load": load, "way": name, "pictures": len(found), "throughput": throughput}
+            row: dict[str, Any] = {"load": load, "way": name, "pictures": len(found), "throughput": throughput}
             for steps in STEPS:
                 slow = [latency / own[steps] for n, latency in found if n == steps]
                 row[f"p50_{steps}"], row[f"p99_{steps}"] = (round(percentile(slow, share), 2) for share in (0.5, 0.99))
             rows.append(row)
+            keep(row)
             shown = "  ".join(f"{n}: {row[f'p50_{n}']:>6} {row[f'p99_{n}']:>6}" for n in STEPS)
             print(f"load {load}  {name:<14}  {throughput:5.2f}/s  slowdown p50 p99 by steps  {shown}", flush=True)
     machine = {"cpu": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -4,22 +4,25 @@
    each compared to the bit with those of its request drawn alone.
 2. What exactness costs: milliseconds of a step by its rows, and which numbers of rows give the bits of smaller ones.
 3. What another checkpoint costs: seconds to merge a LoRA of rank 64 from its file into the UNet that is on the device,
-   and to copy a whole UNet from the host's memory instead.
+   and to copy a whole UNet from the host's memory instead, from pages that the device reads by itself and from others.
 4. Serving: bench/serving.py's loads and ways.
 
-Everything goes into FOLDER/result.json and, as one line, to the end of the output. It should need 35 GB of GPU memory
-and less than ten minutes. It has not run on a GPU: only with `--smoke`, the same over tiny networks on a CPU.
+Every result is a line of FOLDER/results.jsonl as soon as it is there. It should need 35 GB of GPU memory; of its
+minutes most are serving's: three times --seconds for each load, and as long as pictures then still wait. It has not run
+on a GPU: only with `--smoke`, the same over tiny networks on a CPU.
 """
 
 import argparse
-import json
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from fulgurite.pipeline import Row, smallest_batch, usual_dtype
 from fulgurite.request import plan
 from fulgurite.weights.lora import merged
 from peers.works import Work, random_weights, sdxl
+from report import Report
 from serving import STEPS, Bench, measured
 
 MODEL = "bytedance/stable-diffusion-xl-lightning"
@@ -91,7 +95,7 @@ def smoke_work() -> Work:
     return replace(work, card=of_model)
 
 
-def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> dict[str, int]:
+def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> dict[str, Any]:
     """How many pictures of a mix were compared with their requests drawn alone, and how many differed."""
     chance, asked = random.Random(0), []
     for _ in range(count):
@@ -118,14 +122,14 @@ def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> di
     stats = engine.stats()
     engine.close()
     load.latents.clear()
-    return found | {"steps": stats["steps"], "rows": stats["rows"], "failed": stats["failed"]}
+    return found | {"steps": stats["steps"], "rows": stats["rows"], "errors": stats["failed"]}
 
 
-def step_times(load: RandomWeights, size: tuple[int, int]) -> list[dict[str, Any]]:
+def step_times(load: RandomWeights, size: tuple[int, int], report: Report) -> None:
     """Milliseconds of a step by its rows, and whether these have the bits of the smallest batches."""
     pipeline, request = load(MODEL, 4), Request("a fox", "", size[1], size[0], 4)
     shape = plan(pipeline.card, request).latent_shape
-    smallest, found = smallest_batch(pipeline.card, pipeline.device, shape), []
+    smallest = smallest_batch(pipeline.card, pipeline.device, shape)
     for batch in [n for n in LADDER if n % smallest == 0 and n <= most_rows(pipeline.device.type == "cuda", shape)]:
         times = []
         for _ in range(6):
@@ -136,35 +140,41 @@ def step_times(load: RandomWeights, size: tuple[int, int]) -> list[dict[str, Any
             finished(pipeline)
             times.append(1000 * (time.perf_counter() - started))
         exact = pipeline.agrees(shape[1:], [smallest] * (batch // smallest))
-        found.append({"rows": batch, "ms": round(statistics.median(times[1:]), 2), "exact": exact})
-    return found
+        report.row(f"step of {batch}, {size[0]}x{size[1]}", ms=statistics.median(times[1:]), exact=exact)
 
 
-def switching(pipeline: Pipeline, unet: UNet, folder: Path) -> dict[str, float]:
-    """Seconds, and the GB of one UNet, to put another checkpoint of ``unet`` onto the device in either way."""
-    base, path, rank = unet.state_dict(), folder / "lora.safetensors", 64
-    changes = {}
+def switching(pipeline: Pipeline, unet: UNet, report: Report) -> None:
+    """Seconds, and the GB of one UNet, to put another checkpoint of ``unet`` onto the device in each way."""
+    base, rank, changes = unet.state_dict(), 64, {}
     for name, weight in base.items():
         if weight.ndim > 1:
             module = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
             up = len(weight), rank, *[1] * (weight.ndim - 2)
             changes[f"{module}.lora_down.weight"] = 0.01 * torch.randn(rank, *weight.shape[1:]).half()
             changes[f"{module}.lora_up.weight"] = 0.01 * torch.randn(up).half()
+    device, on_host = str(pipeline.device), [weight.cpu() for weight in base.values()]
+    path = Path(tempfile.mkdtemp()) / "lora.safetensors"
     save_file(changes, path)
-    on_host = [weight.cpu() for weight in base.values()]
-    device, times = str(pipeline.device), {}
-    for way, switch in (
-        ("merge", lambda: merged(base, path, pipeline.card.unet, device, pipeline.dtype)),
-        ("copy", lambda: [weight.to(device, copy=True) for weight in on_host]),
-    ):
+
+    def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [weight.to(device, copy=True, non_blocking=True) for weight in weights]
+
+    ways: dict[str, Callable[[], object]] = {
+        "merge": lambda: merged(base, path, pipeline.card.unet, device, pipeline.dtype),
+        "copy": lambda: copied(on_host),
+    }
+    if pipeline.device.type == "cuda":
+        pinned = [weight.pin_memory() for weight in on_host]
+        ways["copy of pinned memory"] = lambda: copied(pinned)
+    for way, switch in ways.items():
         switch()
         finished(pipeline)
         started = time.perf_counter()
         switch()
         finished(pipeline)
-        times[way] = round(time.perf_counter() - started, 3)
-    path.unlink()
-    return times | {"gigabytes": round(sum(weight.nbytes for weight in base.values()) / 1e9, 3)}
+        gigabytes = sum(weight.nbytes for weight in base.values()) / 1e9
+        report.row(f"another checkpoint, {way}", seconds=time.perf_counter() - started, gigabytes=gigabytes)
+    shutil.rmtree(path.parent)
 
 
 def finished(pipeline: Pipeline) -> None:
@@ -179,29 +189,37 @@ def in_this_process(call: Any, *arguments: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for result.json; made if it is not there")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for results.jsonl and log.txt")
     parser.add_argument("--smoke", action="store_true", help="tiny networks on the CPU: does this script work?")
-    parser.add_argument("--seconds", type=float, default=40, help="of each way of serving at each load")
+    parser.add_argument("--seconds", type=float, default=15, help="of each way of serving at each load")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.8, 1.5])
     options = parser.parse_args(arguments)
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here: --smoke runs tiny networks on the CPU.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = ("cpu", usual_dtype("cpu")) if options.smoke else ("cuda", torch.float16)
+    report, device, dtype = Report(options.out), "cuda", torch.float16
+    if options.smoke:
+        device, dtype = "cpu", usual_dtype("cpu")
+    report.row("machine", device="cpu" if options.smoke else torch.cuda.get_device_name(), steps=STEPS)
     load = RandomWeights(smoke_work() if options.smoke else sdxl(1024), device, dtype)
     sizes = SMOKE_SIZES if options.smoke else SIZES
-    bench = Bench(MODEL, lambda: load, sizes)
+    bench = Bench(MODEL, lambda: load, sizes, warm=4)
 
-    result: dict[str, Any] = {"device": "cpu" if options.smoke else torch.cuda.get_device_name(), "steps": STEPS}
-    result["same_bits"] = same_bits(load, bench, count=24, pause=0.02 if options.smoke else 0.3)
-    print("same bits:", result["same_bits"], flush=True)
-    result["step_ms"] = {f"{width}x{height}": step_times(load, (width, height)) for width, height in sizes}
-    print("steps:", result["step_ms"], flush=True)
-    result["switching"] = switching(load(MODEL, 8), load.plain_unet, options.out)
-    print("switching:", result["switching"], flush=True)
-    result["serving"] = measured(bench, options.loads, options.seconds, run=in_this_process)
-    (options.out / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
-    print(json.dumps(result))
+    def bits() -> None:
+        report.row("pictures", **same_bits(load, bench, count=24, pause=0.02 if options.smoke else 0.3))
+
+    def serve() -> None:
+        def keep(row: dict[str, Any]) -> None:
+            report.row(f"serving, load {row['load']}, {row['way']}", **row)
+
+        measured(bench, options.loads, options.seconds, run=in_this_process, keep=keep)
+
+    report.part("same bits", bits)
+    for size in sizes:
+        report.part(f"steps of {size[0]}x{size[1]}", partial(step_times, load, size, report))
+    report.part("another checkpoint", lambda: switching(load(MODEL, 8), load.plain_unet, report))
+    report.part("serving", serve)
+    if failed := report.failed():
+        sys.exit(f"These failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -16,32 +19,42 @@ def run(*command: object) -> str:
     return ran.stdout
 
 
-def test_the_first_steps_of_distilling_sdxl(tmp_path: Path) -> None:
-    said = run(BENCH / "distil_sdxl.py", "--small", "--steps", 1, "--batch", 1, "--folder", tmp_path)
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert [(row["objective"], row["learns"]) for row in rows] == [
-        ("squared", "small changes"),
-        ("conditional", "small changes"),
-        ("squared", "the whole UNet"),
-        ("relaxed", "the whole UNet"),
-    ]
-    assert all(row["seconds_a_step"] > 0 for row in rows)
-
-
-def drawn_every_way(folder: Path, *arguments: object) -> dict[str, dict[str, object]]:
-    run(BENCH / "gpu.py", "--smoke", "--out", folder, *arguments)
+def kept(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a run, by their names."""
     rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     return {row.pop("name"): row for row in rows}
+
+
+def test_the_first_steps_of_distilling_sdxl(tmp_path: Path) -> None:
+    run(BENCH / "distil_sdxl.py", "--small", "--steps", 1, "--batch", 1, "--folder", tmp_path, "--out", tmp_path)
+    rows = [row for row in kept(tmp_path).values() if "seconds" in row]
+    assert [(row["objective"], row["learns"]) for row in rows] == [
+        ("squared", "the whole UNet"),
+        ("squared", "small changes"),
+        ("conditional", "small changes"),
+        ("relaxed", "the whole UNet"),
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def drawn_every_way(folder: Path, *arguments: object) -> dict[str, dict[str, Any]]:
+    run(BENCH / "gpu.py", "--smoke", "--out", folder, *arguments)
+    return kept(folder)
 
 
 def test_every_way_of_drawing(tmp_path: Path) -> None:
     rows = drawn_every_way(tmp_path)
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
-    only_on_a_gpu = {"graphs", "pictures, graphs", "float8", "overlap", "attention", "compiled"}
-    assert skipped.keys() == only_on_a_gpu | {"diffusers, compiled", "compiled by trying out"}
+    graphed = {name for name in skipped if name.startswith(("pictures: Triton and graphs", "attention, "))}
+    assert len(graphed) == 12
+    only_on_a_gpu = {"overlap", "compiled", "diffusers, compiled"}
+    assert skipped.keys() == graphed | only_on_a_gpu
     assert set(skipped.values()) == {"there is no GPU here"}
     timed = {name for name, row in rows.items() if "ms" in row}
     assert {"step, eager", "decode, channels-last", "step, Triton", "step, Triton, float8"} <= timed
+    assert rows["kernels that are wrong here"] == {"names": []}
+    kernels = kept(tmp_path / "kernels")  # told by a process of its own
+    assert min(kernels[f"GEGLU 1x4x64, {way}"]["ms"] for way in ("plain", "Triton")) > 0
     assert rows["Triton kernels, relative error of the networks"]["step"] < 1e-5
     assert rows["diffusers, eager, 4 steps"]["picture"] > 0
     assert rows["target, batch 1, 4 steps"]["best"] == rows["eager, batch 1, 4 steps"]["ms"] / 1000
@@ -49,12 +62,30 @@ def test_every_way_of_drawing(tmp_path: Path) -> None:
 
 def test_what_is_not_begun_in_time_is_told(tmp_path: Path) -> None:
     rows = drawn_every_way(tmp_path, "--minutes", 0)
-    assert rows["ceiling"] == rows["compiled by trying out"] == {"skipped": "the 0 minutes are over"}
+    assert rows["ceiling"] == rows["compiled"] == {"skipped": "of 0 minutes too little is left"}
     assert rows["target, batch 1, 4 steps"]["met"] is False
+
+
+def test_one_part_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from report import Report
+
+    report = Report(tmp_path, minutes=1)
+    assert not report.part("broken", lambda: 1 / 0)
+    assert not report.part("long", lambda: report.row("long", ms=1.0), needs=61)
+    assert report.part("whole", lambda: report.row("whole", ms=1.0))
+    rows = kept(tmp_path)
+    assert (rows["broken"]["failed"], rows["whole"]["ms"]) == ("ZeroDivisionError: division by zero", 1.0)
+    assert report.failed() == ["broken"]
+    assert "too little" in rows["long"]["skipped"]
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
 def test_the_engine_at_sdxls_sizes(tmp_path: Path) -> None:
     run(BENCH / "serving_sdxl.py", "--smoke", "--seconds", 1, "--loads", 0.8, "--out", tmp_path)
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found["same_bits"]["compared"] > 0
-    assert found["same_bits"]["different"] == found["same_bits"]["failed"] == 0
+    found = kept(tmp_path)
+    assert found["pictures"]["compared"] > 0
+    assert found["pictures"]["different"] == found["pictures"]["errors"] == 0
+    assert {row["exact"] for name, row in found.items() if name.startswith("step of 1,")} == {True}
+    assert found["another checkpoint, merge"]["seconds"] > 0
+    assert found["serving, load 0.8, ours"]["pictures"] > 0

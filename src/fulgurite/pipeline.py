@@ -146,7 +146,7 @@ class Pipeline:
         return Row(
             request,
             to,
-            schedule,
+            schedule.to(self.device),
             self.networks.unet.read(torch.stack(contexts)),
             torch.stack(pooled),
             sizes.to(self.device),
@@ -162,8 +162,8 @@ class Pipeline:
         whoever shares the batch. If this raises, no row has moved.
         """
         x = torch.stack([row.x for row in rows])
-        sigma = torch.stack([row.schedule.sigmas[row.done] for row in rows]).to(self.device)
-        next_sigma = torch.stack([row.schedule.sigmas[row.done + 1] for row in rows]).to(self.device)
+        sigma = torch.stack([row.schedule.sigmas[row.done] for row in rows])
+        next_sigma = torch.stack([row.schedule.sigmas[row.done + 1] for row in rows])
         prediction = self._predict(rows, scale_input(x, sigma).to(self.dtype), batch)
         denoised = to_denoised(prediction, x, sigma, self.networks.prediction)
         x = euler_step(x, denoised, sigma, next_sigma)
@@ -171,24 +171,28 @@ class Pipeline:
             row.x, row.denoised, row.done = row_x, row_denoised, row.done + 1
 
     def _predict(self, rows: Sequence[Row], x: Tensor, batch: int) -> Tensor:
-        """The network's predictions ``[B, C, h, w]`` in float32, guided where that is asked for."""
+        """The network's predictions ``[B, C, h, w]`` in float32, guided where that is asked for.
+
+        Unless it is, nothing is copied from the host: on a GPU this would wait for the step before.
+        """
         distilled = bool(self.card.schedules)
         guided = [i for i, row in enumerate(rows) if row.plan.strength != 1]
         second = {} if distilled else {i: len(rows) + place for place, i in enumerate(guided)}
         entries = [(i, 0) for i in range(len(rows))] + [(i, 1) for i in second]  # row, prompt
         entries += entries[:1] * (batch - len(entries))
-        of_row = [i for i, _ in entries]
+        told = [rows[i] for i, _ in entries]
 
-        timesteps = torch.stack([rows[i].schedule.timesteps[rows[i].done] for i in of_row]).to(self.device)
+        timesteps = torch.stack([row.schedule.timesteps[row.done] for row in told])
         contexts = torch.stack([rows[i].contexts[prompt] for i, prompt in entries])
         pooled = torch.stack([rows[i].pooled[prompt] for i, prompt in entries])
-        sizes = torch.stack([rows[i].sizes for i in of_row])
-        strength = torch.tensor([rows[i].plan.strength for i in of_row], device=self.device)
+        sizes = torch.stack([row.sizes for row in told])
         guidance = None
         if distilled and guided:
-            avoided = torch.stack([rows[i].contexts[-1] for i in of_row])
+            avoided = torch.stack([row.contexts[-1] for row in told])
+            strength = torch.tensor([row.plan.strength for row in told], device=self.device)
             guidance = AttentionGuidance(avoided, strength, self.card.guidance_tau)
-        found = self.networks.unet(x[of_row], timesteps, contexts, pooled, sizes, guidance).float()
+        inputs = torch.stack([x[i] for i, _ in entries])
+        found = self.networks.unet(inputs, timesteps, contexts, pooled, sizes, guidance).float()
 
         wanted = found[: len(rows)]
         if not second:
@@ -196,7 +200,7 @@ class Pipeline:
         # Classifier-free guidance (Ho and Salimans, arXiv 2207.12598). What is predicted is linear in the clean
         # latent for every kind of prediction, so guiding the one guides the other.
         unwanted = found[[second.get(i, i) for i in range(len(rows))]]
-        strength = per_row(strength[: len(rows)], wanted)
+        strength = per_row(torch.tensor([row.plan.strength for row in rows], device=self.device), wanted)
         return torch.where(strength == 1, wanted, unwanted + strength * (wanted - unwanted))
 
     def finish(self, row: Row) -> Picture:

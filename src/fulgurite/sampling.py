@@ -18,6 +18,9 @@ class Schedule:
     timesteps: Tensor
     sigmas: Tensor
 
+    def to(self, device: str | torch.device) -> "Schedule":
+        return Schedule(self.timesteps.to(device), self.sigmas.to(device))
+
 
 def train_sigmas(beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
     """Sigma at each of the 1000 training timesteps, ``[1000]``: Stable Diffusion's "scaled linear" betas."""

@@ -24,7 +24,7 @@ from fulgurite.training.latents import said, scene_at
 from fulgurite.training.loop import Part, Stage
 from fulgurite.training.scenes import no_caption, render
 from fulgurite.training.sources import Sprites
-from fulgurite.training.steps import Guide, Sayer, on, seeded, walked
+from fulgurite.training.steps import Guide, Sayer, seeded, walked
 from fulgurite.training.vae import reconstruction_losses, to_pixels
 
 LESSONS = 8000  # scenes, at most
@@ -61,7 +61,7 @@ def drawn_again(ground: Ground, latents: np.ndarray) -> np.ndarray:
     """
     shown, card, device = ground.latents, ground.card, ground.run.device
     unet, sayer = network(ground, ground.unet.parent), Sayer(ground.tokenizers, ground.encoders, device)
-    schedule, chunks = on(trailing_schedule(STEPS), device), []
+    schedule, chunks = trailing_schedule(STEPS).to(device), []
     for start in range(0, len(latents), ground.batch):
         rng, back = seeded("drawn", start), (start // ground.batch + 1) % (BACK + 1)
         clean = torch.from_numpy(latents[start : start + ground.batch]).float().to(device)

@@ -33,7 +33,7 @@ from fulgurite.training.latents import LatentSet, said
 from fulgurite.training.loop import ADAM, HERE, Adam, Part, Run, Stage, save_network
 from fulgurite.training.low_rank import LoRA
 from fulgurite.training.scenes import no_caption
-from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, on, seeded, walked
+from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, seeded, walked
 from fulgurite.weights.load import load_unet
 
 NEAR = 0.1  # noise on what is real, within which the discriminator is to say the same
@@ -302,7 +302,7 @@ def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> 
     )
 
     sayer = Sayer(ground.tokenizers, ground.encoders, device)
-    schedule = on(trailing_schedule(plan.places), device)
+    schedule = trailing_schedule(plan.places).to(device)
     sigmas, predicted = train_sigmas().to(device), plan.prediction or ground.card.prediction
     while stage.step < plan.updates:
         step = next_step(ground, sayer, plan, schedule, stage.number)

@@ -133,7 +133,7 @@ def drawn(
     ``size``: width, height in pixels.
     """
     device, (width, height), cell = to.context.device, size, card.vae.downscale
-    schedule = on(trailing_schedule(steps), str(device))
+    schedule = trailing_schedule(steps).to(device)
     shape = card.vae.latent_channels, height // cell, width // cell
     x = torch.stack([starting_noise(seed, shape, float(schedule.sigmas[0])) for seed in seeds]).to(device)
     first = torch.zeros(len(x), dtype=torch.long, device=device)
@@ -153,10 +153,6 @@ def decoded(vae: VAE, latents: Tensor) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16):
         at_once = max(1, DECODED // (x.shape[2] * x.shape[3]))
         return torch.cat([vae.decode(part) for part in x.split(at_once)]).float().clamp(-1, 1)
-
-
-def on(schedule: Schedule, device: str) -> Schedule:
-    return Schedule(schedule.timesteps.to(device), schedule.sigmas.to(device))
 
 
 def seeded(*parts: object) -> random.Random:
