@@ -1,6 +1,6 @@
 """Draws docs/sheet.jpg: prompts with their pictures from the embedded model, each the first seed, none picked.
 
-Four ask for things in styles that training never showed them in; the last two rows are in words as people write them.
+Four ask for things in styles that training never showed them in; the last sixteen are in words as people write them.
 
 python examples/sheet.py [docs/sheet.jpg]
 """
@@ -23,6 +23,13 @@ a ghost | a green car | a fire truck | a plane | a sailboat on a teal background
 an elephant | a giraffe | a zebra | a shark | a duck | a parrot | a Christmas tree | a maple leaf
 a peach | corn on a teal background | a croissant | a hot dog | a cupcake | an ice cream | a bus | a bicycle
 a snowflake on a blue background | a cloud | a volcano | saturn | a lightning bolt | a basketball | a key | a crown
+an astronaut | a wizard | a princess | a ninja | a superhero | santa claus | a man | a woman
+a boy | a girl | a baby | a police officer | a chef, flat style | a builder | a vampire | a mermaid
+a skull on a black background | a clown | a smiley | a red heart | a dragon | a squirrel | a deer | a camel
+a kangaroo | a gorilla | a crocodile | a jellyfish | a sheep, flat style | a raccoon | a lobster | a sword
+a book | a camera | a phone | a bell | a candle | a top hat | sunglasses | a backpack
+a violin | a drum | a chair | a tent | a truck | a ship on a blue background | a dress | a pencil
+a shield | a taco | a sandwich | pancakes | popcorn | a cocktail | a bomb | a detective
 a fox, sticker | a rocket, sticker | a house, cartoon | a robot, cartoon style
 a koala, sticker | a penguin, cartoon style | a snail, cartoon | a tulip, sticker
 portrait of a majestic lion, cinematic lighting | a fluffy poodle sitting in the grass | an owl reading a book
@@ -31,7 +38,7 @@ astronaut riding a horse | a turquoise butterfly, watercolor | a rubber duck in 
 a delicious juicy burger, food photography | a limousine parked in the city | a sleepy feline on a purple background
 a jet flying over the ocean, 4k | one shiny ruby on black | an old galleon in a storm
 """
-SIDE, COLUMNS, CAPTION = 128, 8, 38
+SIDE, COLUMNS, CAPTION = 128, 10, 38
 
 
 def main(path: Path) -> None:

@@ -489,8 +489,13 @@ def test_distances_are_those_of_normal_distributions() -> None:
 
 def test_retrieval_is_one_for_the_right_captions_and_chance_for_any() -> None:
     rows = 300
-    assert found(torch.eye(rows)).mean() == 1
-    assert found(torch.randn(rows, rows, generator=torch.Generator().manual_seed(0))).mean() < 0.05
+    captions = [str(i) for i in range(rows)]
+    assert found(torch.eye(rows), captions).mean() == 1
+    assert found(torch.randn(rows, rows, generator=torch.Generator().manual_seed(0)), captions).mean() < 0.05
+    alike = torch.eye(rows)
+    alike[0, 1] = alike[1, 0] = 1  # two of the same caption are not told apart, and need not be
+    assert found(alike, ["0", "0", *captions[2:]], among=rows).mean() == 1
+    assert found(alike, captions, among=rows).sum() == rows - 2
     reference = np.random.default_rng(1).standard_normal((rows, 2, 4))
     features = reference + np.array([[3.0], [0.0]])  # whole pictures differ, close up they do not
     result = score("some", features, np.arange(rows) % 2, reference)

@@ -18,7 +18,15 @@ from fulgurite import Pipeline
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import words_of
 from fulgurite.training import thesaurus as thesaurus_module
-from fulgurite.training.other_words import Encoders, Wording, begin, held_out_word, teach_other_words, understood
+from fulgurite.training.other_words import (
+    Encoders,
+    Wording,
+    begin,
+    evenly,
+    held_out_word,
+    teach_other_words,
+    understood,
+)
 from fulgurite.training.phrases import MORE_NAMES, MORE_STYLES, SHADES
 from fulgurite.training.recipe import PRESETS, other_words
 from fulgurite.training.scenes import STYLE_WORDS, names_of, random_scene
@@ -204,6 +212,16 @@ def test_names_of_several_words_are_listed_as_such(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.unknown("A golden retriever, a Fox") == []
     assert tokenizer.unknown("a golden fox, a golden retriever, the retriever") == ["golden", "the", "retriever"]
+
+
+def test_each_other_name_is_read_as_often(tmp_path: Path) -> None:
+    """However often the things are seen, and however many names they have."""
+    scenes, rng = small_ground(tmp_path, count=200).latents.scenes, random.Random(0)
+    names = {"rocket": ("starship",), "fox": ("vixen", "tod", "reynard"), "unseen": ("word",)}
+    draw = evenly(scenes, names)
+    drawn = [draw(rng).things[0].thing.name for _ in range(2000)]
+    assert set(drawn) == {"rocket", "fox"}
+    assert drawn.count("fox") / len(drawn) == pytest.approx(3 / 4, abs=0.04)
 
 
 def test_encoders_come_to_make_of_other_words_what_they_made_of_captions(tmp_path: Path) -> None:

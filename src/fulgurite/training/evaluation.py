@@ -38,15 +38,16 @@ BATCH = 50  # rows of the UNet's
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def found(likeness: Tensor, among: int = AMONG) -> np.ndarray:
+def found(likeness: Tensor, captions: Sequence[str], among: int = AMONG) -> np.ndarray:
     """Whether each picture's own caption, of the same row, is the likeliest among so many: ``[N]``, 0 or 1.
 
-    ``likeness``: of all pictures and all captions ``[N, N]``. The other captions are drawn at random, always the same.
+    ``likeness``: of all pictures and all captions ``[N, N]``. The other captions, which are others in their words, are
+    drawn at random, always the same.
     """
-    rng, n = random.Random("among"), len(likeness)
-    hits = []
-    for i in range(n):
-        others = rng.sample([j for j in range(n) if j != i], min(among, n) - 1)
+    rng, hits = random.Random("among"), []
+    for i, own in enumerate(captions):
+        others = [j for j, other in enumerate(captions) if other != own]
+        others = rng.sample(others, min(among - 1, len(others)))
         hits.append(float(likeness[i, i] > likeness[i, others].max()))
     return np.array(hits)
 
@@ -191,7 +192,7 @@ class Evaluation:
     def score(self, name: str, made_of: str, pictures: Callable[[int, int], Tensor]) -> Score:
         features = self.kept(name, made_of, len(self.captions), pictures)
         with torch.no_grad():
-            hits = found(self.reader.likeness(torch.from_numpy(features[:, 0]), self.said))
+            hits = found(self.reader.likeness(torch.from_numpy(features[:, 0]), self.said), self.captions)
         return score(name, features, hits, self.reference)
 
     def renders(self, start: int, stop: int) -> Tensor:

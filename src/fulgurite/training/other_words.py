@@ -9,12 +9,13 @@ number of places.
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,19 @@ def behind_prompts(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
     return torch.arange(ids.shape[1], device=ids.device) > end
 
 
+def evenly(scenes: Sequence[Scene], names: Mapping[str, Sequence[str]]) -> Callable[[random.Random], Scene]:
+    """Draws scenes so that each other name of a thing is read as often as any.
+
+    In scenes as they come each thing is: the poodle, one of the dog's many names, hardly ever.
+    """
+    showing = defaultdict(list)
+    for scene in scenes:
+        showing[scene.things[0].thing.name].append(scene)
+    things = [thing for thing in showing if names.get(thing)]
+    weights = [len(names[thing]) for thing in things]
+    return lambda rng: rng.choice(showing[rng.choices(things, weights)[0]])
+
+
 def begin(embeddings: Tensor, new: Sequence[tuple[int, int, int]]) -> None:
     """Gives new tokens the mean of those that they are of, in place."""
     for token, first, second in new:
@@ -226,10 +240,12 @@ def teach_other_words(
     sigmas = train_sigmas().to(run.device)
     width, height = ground.latents.size
     rows = ground.batch // DRAWN
+    by_name = evenly(cast(list[Scene], ground.latents.scenes), wording.thesaurus.names)
     sizes = torch.tensor([[height, width, 0, 0, height, width]] * rows, dtype=torch.float32, device=run.device)
     while stage.step < steps:
         rng = seeded("other words", seed, stage.number)
         clean, scenes = ground.latents.batch(READ * ground.batch, rng)
+        scenes[rows::2] = [by_name(rng) for _ in scenes[rows::2]]  # of those that are not drawn
         captions, others = zip(*(wording.pair(scene, rng) for scene in scenes), strict=True)
         told, otherwise = tokenizer(list(captions)).to(run.device), wording.tokenizer(list(others)).to(run.device)
         timesteps = (torch.rand(rows) * TRAIN_STEPS).long()

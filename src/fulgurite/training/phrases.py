@@ -46,11 +46,24 @@ SENSES: dict[str, tuple[str, ...]] = {
     "trumpet": ("trumpet 1",), "tulip": ("tulip 1",), "turtle": ("turtle 2",), "umbrella": ("umbrella 1",),
     "unicorn": ("unicorn 1",), "volcano": ("volcano 2",), "watermelon": ("watermelon 2",),
     "wine glass": ("wineglass 1", "goblet 1"), "wolf": ("wolf 1",), "zebra": ("zebra 1",),
+    "astronaut": ("astronaut 1",), "backpack": ("backpack 1",), "bell": ("bell 1",), "bomb": ("bomb 1",),
+    "camel": ("camel 1",), "camera": ("camera 1",), "candle": ("candle 1",), "chair": ("chair 1",),
+    "chipmunk": ("squirrel 1",), "closed book": ("book 2",), "cocktail glass": ("cocktail 1",),
+    "construction worker": ("builder 3",), "cook": ("cook 1",), "crocodile": ("crocodile 1", "alligator 2"),
+    "dagger": ("sword 1", "knife 2"), "deer": ("deer 1",), "delivery truck": ("truck 1",),
+    "detective": ("detective 2",), "dragon": ("dragon 1",), "dress": ("dress 1",), "drum": ("drum 1",),
+    "ewe": ("sheep 1",), "gorilla": ("gorilla 1",), "grinning face": ("smiley 1",), "jellyfish": ("jellyfish 2",),
+    "kangaroo": ("kangaroo 1",), "lobster": ("lobster 2",), "mage": ("sorcerer 1",), "mermaid": ("mermaid 1",),
+    "ninja": ("ninja 1",), "pancakes": ("pancake 1",), "pencil": ("pencil 1",), "police officer": ("policeman 1",),
+    "popcorn": ("popcorn 2",), "princess": ("princess 1", "queen 2"), "raccoon": ("raccoon 2",),
+    "red heart": ("heart 7",), "sandwich": ("sandwich 1",), "Santa Claus": ("santa claus 1",), "shield": ("shield 2",),
+    "ship": ("ship 1",), "skull": ("skull 1",), "sunglasses": ("sunglasses 1",), "taco": ("taco 2",),
+    "telephone": ("telephone 1",), "tent": ("tent 1",), "top hat": ("top hat 1",), "vampire": ("vampire 1",),
+    "violin": ("violin 1",),
 }  # fmt: skip
 
 # Names of things that WordNet does not have, or has for other things as well.
 MORE_NAMES: dict[str, tuple[str, ...]] = {
-   
     "dog face": (
         "pup", "canine", "labrador", "golden retriever", "german shepherd", "chihuahua", "bulldog", "husky",
         "dalmatian", "dachshund", "shiba inu",
@@ -58,7 +71,7 @@ MORE_NAMES: dict[str, tuple[str, ...]] = {
     "cat face": ("feline", "lynx", "tabby cat", "black cat", "pussycat", "wildcat"),
     "rabbit face": ("bunny rabbit", "easter bunny"), "mouse face": ("rodent", "hamster", "field mouse"),
     "cow face": ("calf", "bull", "ox", "dairy cow"), "pig face": ("hog", "boar", "piggy"),
-    "horse face": ("foal", "colt"), "monkey face": ("chimpanzee", "gorilla", "orangutan", "baboon"),
+    "horse face": ("foal", "colt"), "monkey face": ("chimpanzee", "orangutan", "baboon"),
     "bear": ("polar bear", "bear cub", "grizzly bear"), "frog": ("toad", "tree frog", "bullfrog"),
     "duck": ("drake", "rubber duck", "mallard"), "rooster": ("cockerel",),
     "baby chick": ("chickling", "hatchling"), "eagle": ("bald eagle", "hawk", "falcon"),
@@ -92,6 +105,35 @@ MORE_NAMES: dict[str, tuple[str, ...]] = {
     "hot pepper": ("chili", "jalapeno", "paprika"), "cherries": ("cherry",),
     "grapes": ("bunch of grapes",), "strawberry": ("strawberries",), "star": ("five pointed star",),
     "sun": ("sunshine",), "key": ("keys",),
+    "astronaut": ("space man", "space explorer"), "mage": ("warlock", "witch", "merlin", "enchanter", "archmage"),
+    "princess": ("fairy tale princess", "noblewoman"), "ninja": ("shinobi", "ninja warrior", "samurai"),
+    "superhero": ("caped hero", "masked hero", "superman"), "detective": ("sherlock holmes", "sleuth"),
+    "Santa Claus": ("saint nicholas", "kris kringle"),
+    "man": (
+        "dude", "fellow", "male", "businessman", "father", "dad", "husband", "human", "person", "young man",
+        "king", "prince", "pirate", "knight", "soldier", "sailor", "farmer", "doctor", "teacher", "pilot", "student",
+        "cowboy", "viking", "uncle", "brother", "scientist", "lumberjack", "waiter", "actor",
+    ),
+    "woman": (
+        "female", "businesswoman", "mother", "mom", "wife", "nurse", "bride", "ballerina",
+        "sister", "aunt", "waitress", "actress",
+    ),
+    "boy": ("schoolboy", "son", "lad", "child", "kid"), "girl": ("schoolgirl", "daughter", "lass"),
+    "baby": ("toddler", "infant child"), "police officer": ("policewoman", "sheriff", "constable"),
+    "construction worker": ("carpenter", "bricklayer"), "cook": ("baker", "pastry chef", "master chef"),
+    "vampire": ("bloodsucker", "nosferatu"), "mermaid": ("siren of the sea", "little mermaid"),
+    "skull": ("death head", "skull and bones"), "clown face": ("jester", "joker", "harlequin"),
+    "grinning face": ("smiling face", "laughing face", "smiling emoji"), "dragon": ("wyvern", "chinese dragon"),
+    "deer": ("elk", "moose", "fawn", "doe", "antelope"), "camel": ("dromedary", "llama"),
+    "kangaroo": ("wallaby",), "gorilla": ("silverback",), "crocodile": ("gator", "croc"),
+    "ewe": ("ram", "goat", "woolly sheep"), "raccoon": ("racoon",), "red heart": ("valentine", "valentine heart"),
+    "dagger": ("longsword", "katana", "blade"), "closed book": ("novel", "notebook", "spellbook", "diary"),
+    "camera": ("photo camera",), "telephone": ("old telephone",),
+    "sunglasses": ("shades", "spectacles", "glasses"), "backpack": ("school bag", "schoolbag"),
+    "drum": ("snare drum", "drum kit"), "chair": ("armchair", "stool", "wooden chair"),
+    "delivery truck": ("lorry", "moving van"), "ship": ("cruise ship", "ocean liner", "ferry", "steamboat"),
+    "dress": ("summer dress", "evening dress"), "taco": ("burrito",), "sandwich": ("toast", "club sandwich"),
+    "pancakes": ("stack of pancakes",), "popcorn": ("bucket of popcorn",), "cocktail glass": ("margarita", "mojito"),
 }  # fmt: skip
 
 # What WordNet has for such a thing, and people do not.
@@ -99,6 +141,8 @@ NO_NAMES = (
     "mademoiselle", "molly", "mollie", "liza", "jonathan", "sam", "ling", "ben", "baba", "bleu", "pacer", "commuter",
     "streamliner", "interceptor", "kamikaze", "abyssinian", "alhambra", "vatican", "charger", "auto", "agua", "ridley",
     "cooter", "pinche", "ern", "brill", "gar", "rudd", "whiting", "starlet", "globe", "beef", "mouser", "mako",
+    "elizabeth", "anne", "isabella", "cleopatra", "mayflower", "mantua", "tec", "shamus", "tabor", "bobby", "kris",
+    "lamia", "tortilla", "sherlock", "topper",
 )  # fmt: skip
 
 # Of colours and styles.
@@ -129,7 +173,7 @@ OPENINGS = (
     "a watercolor of", "a professional photograph of", "macro shot of",
 )  # fmt: skip
 LINKS = (
-    "and", "and", "beside", "with", "next to", "near", "together with", "and also", "in front of", "sitting on",
+    "and", "and", "beside", "with", "next to", "near", "together with", "and also", "in front of", "riding",
     "holding",
 )  # fmt: skip
 PLACES = "in", "on", "at", "under", "near", "over", "behind", "with", "through", "beside", "inside", "from"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fulgurite.training.sources import SPRITE, Sprites, Thing
-from fulgurite.training.words import COMMON, FAULTS, FILLERS, FOREMOST, SYNONYMS
+from fulgurite.training.sources import SPRITE, Sprites, Thing, often
+from fulgurite.training.words import FAULTS, FILLERS, FOREMOST, SYNONYMS
 
 COLOURS = {
     "red": (214, 48, 49), "orange": (242, 140, 40), "yellow": (250, 208, 60), "green": (72, 168, 88),
@@ -33,6 +33,7 @@ STYLE_WEIGHTS = {"3d": 3.0}
 COMMON_WEIGHT, FOREMOST_WEIGHT = 4, 20  # how much oftener a common thing is drawn, and the published request's
 # Some things are held out of one of these; the others the embedded model knew of everything before it learned these.
 WITHHELD = ("cartoon", "sticker")
+SPOKEN_WITH_Y = "uni", "ufo", "eu"  # at their beginning, where a vowel is written
 UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
 OTHERS_UNSAID = 0.12
 
@@ -115,7 +116,7 @@ def training_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] =
 def weight(thing: Thing) -> int:
     if thing.name == FOREMOST:
         return FOREMOST_WEIGHT
-    return COMMON_WEIGHT if thing.name in COMMON or thing.name in SYNONYMS else 1
+    return COMMON_WEIGHT if often(thing.name) else 1
 
 
 def coloured(pixels: np.ndarray) -> np.ndarray:
@@ -192,7 +193,8 @@ def name_of(thing: Thing, rng: random.Random) -> str:
 
 
 def a_or_an(words: str) -> str:
-    return ("an " if words[0].lower() in "aeiou" else "a ") + words
+    vowel = words[0].lower() in "aeiou" and not words.lower().startswith(SPOKEN_WITH_Y)
+    return ("an " if vowel else "a ") + words
 
 
 def with_article(words: str, rng: random.Random) -> str:

@@ -120,19 +120,24 @@ def rasterize(drawing: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
+def often(name: str) -> bool:
+    """Whether a thing is one of those that are asked for often."""
+    return name in COMMON or name in SYNONYMS
+
+
 def wanted(entry: dict, groups: dict[str, str], subgroups: dict[str, str], small: bool) -> bool:
     if "group" not in entry:
         return False  # regional indicators: letters
     group, subgroup = groups[str(entry["group"])], subgroups[str(entry["subgroup"])]
-    if small and entry["label"] not in COMMON and entry["label"] not in SYNONYMS:
+    if small and not often(entry["label"]):
         return False
     return group not in DROPPED_GROUPS and subgroup not in DROPPED_SUBGROUPS
 
 
 def capped(entries: list[dict], groups: dict[str, str], share: float = 0.2) -> list[dict]:
-    """Keeps people near a fifth: of the many gestures and roles, those evenly spaced."""
-    people = [e for e in entries if groups[str(e["group"])] in PEOPLE_GROUPS]
-    others = [e for e in entries if groups[str(e["group"])] not in PEOPLE_GROUPS]
+    """Keeps people near a fifth: beside those asked for often, of the many gestures and roles those evenly spaced."""
+    people = [e for e in entries if groups[str(e["group"])] in PEOPLE_GROUPS and not often(e["label"])]
+    others = [e for e in entries if groups[str(e["group"])] not in PEOPLE_GROUPS or often(e["label"])]
     room = int(len(others) * share / (1 - share))
     stride = max(1, -(-len(people) // room)) if room else 1
     return others + people[::stride]

@@ -33,7 +33,8 @@ def rows_of(evaluation: Evaluation, way: Way, prompts: Sequence[Sequence[str]]) 
     unet, captions, rows = evaluation.network(way), evaluation.reader.captions(prompts[0]), []
     for kind, texts in zip(KINDS, prompts, strict=True):
         pictures = evaluation.pictures(unet, way, texts, range(len(texts)))
-        hits = found(evaluation.reader.likeness(evaluation.reader.pictures(seen(pictures)), captions))
+        likeness = evaluation.reader.likeness(evaluation.reader.pictures(seen(pictures)), captions)
+        hits = found(likeness, prompts[0])
         rows.append(f"| {way.name}, {kind} | {len(texts)} | {share(int(hits.sum()), len(texts))} |")
     return rows
 
