@@ -39,6 +39,7 @@ from fulgurite.models import VAE, UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import smallest_batch
 from fulgurite.request import plan
 from fulgurite.sampling import TRAIN_STEPS
+from fulgurite.weights.load import NoInitialization
 from peers.works import Work, random_weights, sdxl
 from report import Report, Skip
 from timing import Timer
@@ -59,7 +60,8 @@ class Bench:
         self.networks = self.pipeline.networks
         fuse(self.networks.unet)  # as a server's is
         self.to = plan(work.card, work.request)
-        self.flops = flop_counts(work.card, work.request)
+        with NoInitialization():
+            self.flops = flop_counts(work.card, work.request)
         self.time = Timer(report, device)
         self.cuda = device == "cuda"
         self.format = torch.contiguous_format  # of the UNet; the quicker one once that is known

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -339,7 +340,8 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, subprocess.Pop
     """A real server process in demo mode on a free port, perhaps under another command: its address."""
     command = [*getattr(request, "param", ()), sys.executable, "-m", "fulgurite", "serve", "--demo", "--port", "0"]
     environment = os.environ | {"FULGURITE_API_KEY": KEY}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+    heeds = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeds) as server:
         assert server.stderr
         for line in server.stderr:
             if found := re.search(r"answers at (http://\S+)", line):

@@ -247,10 +247,13 @@ def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
 
 
 def test_groups_of_people_are_thinned_to_a_fifth() -> None:
-    entries = [{"group": 0}] * 300 + [{"group": 1}] * 100
-    kept = capped(entries, {"0": "people-body", "1": "food-drink"})
+    """But for those that are asked for often."""
+    shrugs, foods = [{"group": 0, "label": f"shrug {i}"} for i in range(300)], [{"group": 1, "label": "soup"}] * 100
+    asked_for = {"group": 0, "label": "astronaut"}
+    kept = capped([*shrugs[:1], asked_for, *shrugs[1:], *foods], {"0": "people-body", "1": "food-drink"})
     assert sum(entry["group"] == 1 for entry in kept) == 100
-    assert 15 <= sum(entry["group"] == 0 for entry in kept) <= 25
+    assert asked_for in kept
+    assert 15 <= sum(entry["group"] == 0 for entry in kept) <= 26
 
 
 def test_one_spelling_of_code_points() -> None:

@@ -12,7 +12,6 @@ from fulgurite.cards import Card
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, UNet
 from fulgurite.pipeline import Pipeline, smallest_batch
 from fulgurite.request import Picture, Request, plan
-from fulgurite.weights.load import NoInitialization
 
 PARTS = ("text", "step", "decode", "to host", "encode")  # of a picture; a step is one of several
 PICTURE = "picture"  # all of it, end to end
@@ -70,7 +69,7 @@ def flop_counts(card: Card, request: Request) -> dict[str, int]:
     out is counted all the same, as the ceiling asks what the same work could take at best.
     """
     to = plan(card, request)
-    with torch.device("meta"), NoInitialization(), torch.inference_mode():
+    with torch.device("meta"), torch.inference_mode():
         encoders, unet = [CLIPTextEncoder(each) for each in card.text_encoders], UNet(card.unet)
         fast = request.decoder == "fast" and card.fast_decoder
         decode = TinyDecoder(fast) if fast else VAE(card.vae).decode
