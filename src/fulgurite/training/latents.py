@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fulgurite.kernels.cpu import keep_memory
 from fulgurite.models import VAE
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
@@ -35,7 +34,6 @@ def encode_scenes(
 ) -> np.ndarray:
     """Latents ``[N, C, h, w]``, float16, of the scenes of these numbers."""
     torch.set_num_threads(1)  # one process a core
-    keep_memory()  # half of the time goes into getting it anew
     sprites = Sprites.open(sprites_folder, names)
     device = next(vae.parameters()).device
     rows = []
