@@ -10,7 +10,6 @@ which any machine bears.
 
 import argparse
 import gc
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -106,8 +105,7 @@ def main() -> None:
             "first": first, "LoRA": guided, "LoRA against a discriminator": against, "whole, against one": whole,
         }.items():  # fmt: skip
             report.part(name, partial(measure, report, name, plan, ground, folder))
-    if failed := report.failed():
-        sys.exit(f"These failed: {', '.join(failed)}.")
+    report.end()
 
 
 def measure(report: Report, name: str, plan: distillation.Distillation, ground: Ground, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -59,5 +60,7 @@ class Report:
             return True
         return False
 
-    def failed(self) -> list[str]:
-        return [name for name, row in self.results.items() if "failed" in row]
+    def end(self) -> None:
+        """Ends the program with status 1 where a part has failed."""
+        if failed := [name for name, row in self.results.items() if "failed" in row]:
+            sys.exit(f"These failed: {', '.join(failed)}.")

@@ -14,7 +14,6 @@ on a GPU: only with `--smoke`, the same over tiny networks on a CPU.
 
 import argparse
 import random
-import shutil
 import statistics
 import sys
 import tempfile
@@ -153,28 +152,28 @@ def switching(pipeline: Pipeline, unet: UNet, report: Report) -> None:
             changes[f"{module}.lora_down.weight"] = 0.01 * torch.randn(rank, *weight.shape[1:]).half()
             changes[f"{module}.lora_up.weight"] = 0.01 * torch.randn(up).half()
     device, on_host = str(pipeline.device), [weight.cpu() for weight in base.values()]
-    path = Path(tempfile.mkdtemp()) / "lora.safetensors"
-    save_file(changes, path)
 
     def copied(weights: list[torch.Tensor]) -> list[torch.Tensor]:
         return [weight.to(device, copy=True, non_blocking=True) for weight in weights]
 
-    ways: dict[str, Callable[[], object]] = {
-        "merge": lambda: merged(base, path, pipeline.card.unet, device, pipeline.dtype),
-        "copy": lambda: copied(on_host),
-    }
-    if pipeline.device.type == "cuda":
-        pinned = [weight.pin_memory() for weight in on_host]
-        ways["copy of pinned memory"] = lambda: copied(pinned)
-    for way, switch in ways.items():
-        switch()
-        finished(pipeline)
-        started = time.perf_counter()
-        switch()
-        finished(pipeline)
-        gigabytes = sum(weight.nbytes for weight in base.values()) / 1e9
-        report.row(f"another checkpoint, {way}", seconds=time.perf_counter() - started, gigabytes=gigabytes)
-    shutil.rmtree(path.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        save_file(changes, path)
+        ways: dict[str, Callable[[], object]] = {
+            "merge": lambda: merged(base, path, pipeline.card.unet, device, pipeline.dtype),
+            "copy": lambda: copied(on_host),
+        }
+        if pipeline.device.type == "cuda":
+            pinned = [weight.pin_memory() for weight in on_host]
+            ways["copy of pinned memory"] = lambda: copied(pinned)
+        gigabytes = sum(weight.nbytes for weight in on_host) / 1e9
+        for way, switch in ways.items():
+            switch()
+            finished(pipeline)
+            started = time.perf_counter()
+            switch()
+            finished(pipeline)
+            report.row(f"another checkpoint, {way}", seconds=time.perf_counter() - started, gigabytes=gigabytes)
 
 
 def finished(pipeline: Pipeline) -> None:
@@ -196,9 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("There is no GPU here: --smoke runs tiny networks on the CPU.")
-    report, device, dtype = Report(options.out), "cuda", torch.float16
-    if options.smoke:
-        device, dtype = "cpu", usual_dtype("cpu")
+    report = Report(options.out)
+    device, dtype = ("cpu", usual_dtype("cpu")) if options.smoke else ("cuda", torch.float16)
     report.row("machine", device="cpu" if options.smoke else torch.cuda.get_device_name(), steps=STEPS)
     load = RandomWeights(smoke_work() if options.smoke else sdxl(1024), device, dtype)
     sizes = SMOKE_SIZES if options.smoke else SIZES
@@ -218,8 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.part(f"steps of {size[0]}x{size[1]}", partial(step_times, load, size, report))
     report.part("another checkpoint", lambda: switching(load(MODEL, 8), load.plain_unet, report))
     report.part("serving", serve)
-    if failed := report.failed():
-        sys.exit(f"These failed: {', '.join(failed)}.")
+    report.end()
 
 
 if __name__ == "__main__":

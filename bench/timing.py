@@ -9,18 +9,18 @@ from fulgurite.benchmark import Laps
 from fulgurite.kernels.graphs import Graph
 from report import Report
 
+REPEATS = 7  # on a GPU, of what its median is taken of
 OFTEN = 50  # calls of a kernel that are timed together: alone it is over before the next is launched
 
 
 class Timer:
-    """Times calls, each some times over, after two that are not timed where there is a GPU to warm."""
+    """Times calls: on a GPU each some times over, after two that are not timed and warm it; on a CPU once."""
 
-    def __init__(self, report: Report, device: str, repeats: int = 7) -> None:
-        self.report, self.device = report, device
-        self.cuda, self.repeats = device == "cuda", repeats if device == "cuda" else 1
+    def __init__(self, report: Report, device: str) -> None:
+        self.report, self.device, self.cuda = report, device, device == "cuda"
 
     def __call__(
-        self, name: str, call: Callable[[], object], *, flops: float = 0, repeats: int = 0, calls: int = 1
+        self, name: str, call: Callable[[], object], *, flops: float = 0, repeats: int = REPEATS, calls: int = 1
     ) -> float:
         """The median seconds of what ``call`` does, ``calls`` times over, as a row.
 
@@ -29,7 +29,7 @@ class Timer:
         for _ in range(2 if self.cuda else 0):
             call()
         times = []
-        for _ in range(repeats or self.repeats):
+        for _ in range(repeats if self.cuda else 1):
             laps = Laps(self.device)
             call()
             laps.lap(name, calls)

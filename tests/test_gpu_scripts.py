@@ -76,7 +76,8 @@ def test_one_part_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyte
     assert report.part("whole", lambda: report.row("whole", ms=1.0))
     rows = kept(tmp_path)
     assert (rows["broken"]["failed"], rows["whole"]["ms"]) == ("ZeroDivisionError: division by zero", 1.0)
-    assert report.failed() == ["broken"]
+    with pytest.raises(SystemExit, match=r"^These failed: broken\.$"):
+        report.end()
     assert "too little" in rows["long"]["skipped"]
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 

@@ -136,8 +136,11 @@ def wanted(entry: dict, groups: dict[str, str], subgroups: dict[str, str], small
 
 def capped(entries: list[dict], groups: dict[str, str], share: float = 0.2) -> list[dict]:
     """Keeps people near a fifth: beside those asked for often, of the many gestures and roles those evenly spaced."""
-    people = [e for e in entries if groups[str(e["group"])] in PEOPLE_GROUPS and not often(e["label"])]
-    others = [e for e in entries if groups[str(e["group"])] not in PEOPLE_GROUPS or often(e["label"])]
+
+    def thinned(entry: dict) -> bool:
+        return groups[str(entry["group"])] in PEOPLE_GROUPS and not often(entry["label"])
+
+    people, others = [e for e in entries if thinned(e)], [e for e in entries if not thinned(e)]
     room = int(len(others) * share / (1 - share))
     stride = max(1, -(-len(people) // room)) if room else 1
     return others + people[::stride]
