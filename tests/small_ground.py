@@ -14,8 +14,17 @@ from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 from fulgurite.training.distil import Ground
 from fulgurite.training.latents import LatentSet, scene_at
 from fulgurite.training.sources import SPRITE, Sprites, Thing
+from fulgurite.training.thesaurus import Thesaurus
 
 CARD = replace(card("fulgurite/spark"), unet=UNET, vae=SMALL_VAE, text_encoders=(FIRST, SECOND))
+NOTHING = tuple(f"{a}{b}{c}" for a in "bcd" for b in "aeo" for c in "lmn")
+THESAURUS = Thesaurus(
+    frozenset({"rocket", "fox", "tulip", "ufo"}),
+    {"rocket": ("starship", "space shuttle"), "fox": ("vixen",), "tulip": ("tulipan",)},
+    NOTHING,
+    NOTHING,
+    NOTHING,
+)
 
 
 def small_sprites() -> Sprites:

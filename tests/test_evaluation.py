@@ -17,11 +17,12 @@ from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
 from fulgurite.training import evaluation as evaluation_module
 from fulgurite.training import negatives, reader
+from fulgurite.training.arrangements import arrangements
 from fulgurite.training.evaluation import Evaluation, Way, evaluate, ways_of
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
-from fulgurite.training.negatives import shared_tags
-from fulgurite.training.other_words import Wording
+from fulgurite.training.negatives import common_kinds
+from fulgurite.training.prompts import Wording
 from fulgurite.training.recipe import students_inside
 from fulgurite.training.scenes import held_out_style
 from fulgurite.training.sources import SPRITE, Sprites, Thing
@@ -135,9 +136,9 @@ def test_the_students_inside_are_those_that_the_card_serves() -> None:
     assert all(path.exists() for files in students_inside().values() for path in files.loras)
 
 
-def test_negative_prompts_are_asked_where_tags_leave_a_choice() -> None:
-    tags = [("animal", "pet"), ("animal", "pet"), ("animal", "red", "red"), ("red",)]
-    assert shared_tags([Thing(str(i), of, "", "", {}) for i, of in enumerate(tags)]) == ["animal"]
+def test_negative_prompts_are_asked_where_kinds_leave_a_choice() -> None:
+    tags = [("animal", "pet", "red"), ("animal", "pet"), ("animal", "red", "red"), ("red",)]  # red is no kind
+    assert common_kinds([Thing(str(i), of, "", "", {}) for i, of in enumerate(tags)]) == ["animal"]
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -187,6 +188,40 @@ def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites
     seen = {(placed.thing.name, scene.style) for scene in training for placed in scene.things}
     assert not seen & pairs
     assert {name for name, _ in seen} == set(THINGS)
+
+
+def test_things_that_stand_as_asked_are_counted(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures here are the numbers of prompts, of a model that takes "on" for "and"."""
+    prompts: list[str] = []
+
+    def number(text: str) -> int:
+        if text not in prompts:
+            prompts.append(text)
+        return prompts.index(text)
+
+    def pictures(unet: UNet, way: Way, texts: list[str], seeds: range) -> torch.Tensor:
+        numbers = torch.tensor([number(text.replace(" on ", " and ")) for text in texts])
+        return numbers.float().view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+
+    reader = SimpleNamespace(
+        pictures=lambda x: x[:, 0, 0, 0],
+        captions=lambda texts: torch.tensor([number(text) for text in texts]),
+        likeness=lambda shown, said: -(shown[:, None] - said).abs(),
+    )
+    monkeypatch.setattr(evaluation, "pictures", pictures)
+    monkeypatch.setattr(evaluation, "network", lambda way: way)
+    monkeypatch.setattr(evaluation, "reader", reader)
+    monkeypatch.setattr("fulgurite.training.arrangements.rendered", lambda scenes, sprites: torch.zeros(12, 3, 64, 64))
+    rows = arrangements(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 12).splitlines()
+    counts = [[part.split(" (")[0] for part in row.strip("| ").split(" | ")] for row in rows[5:]]
+    assert [(row[0], row[2], row[3]) for row in counts if " on" not in row[0]] == [
+        ("way, and", "100 %", "100 %"),
+        ("way, in front of", "100 %", "100 %"),
+    ]
+    [on] = [row for row in counts if row[0] == "way, on"]
+    assert on[3] == "0 %"
 
 
 def test_styles_that_come_are_counted(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import needs_weights
 from hypothesis import given
 from hypothesis import strategies as st
-from small_ground import small_ground, small_sprites
+from small_ground import NOTHING, THESAURUS, small_ground, small_sprites
 
 from fulgurite import Pipeline
 from fulgurite.models import Tokenizer
@@ -20,28 +20,18 @@ from fulgurite.models.tokenizer import words_of
 from fulgurite.training import thesaurus as thesaurus_module
 from fulgurite.training.other_words import (
     Encoders,
-    Wording,
     begin,
     evenly,
-    held_out_word,
     teach_other_words,
     understood,
 )
 from fulgurite.training.phrases import MORE_NAMES, MORE_STYLES, SHADES
+from fulgurite.training.prompts import Wording, held_out_word
 from fulgurite.training.recipe import PRESETS, other_words
 from fulgurite.training.scenes import STYLE_WORDS, names_of, random_scene
 from fulgurite.training.thesaurus import Thesaurus, WordNet, ing, plural
 from fulgurite.training.vocabulary import add_words, grow, write_vocabulary
 from fulgurite.training.words import FIRST
-
-NOTHING = tuple(f"{a}{b}{c}" for a in "bcd" for b in "aeo" for c in "lmn")
-THESAURUS = Thesaurus(
-    frozenset({"rocket", "fox", "tulip", "ufo"}),
-    {"rocket": ("starship", "space shuttle"), "fox": ("vixen",), "tulip": ("tulipan",)},
-    NOTHING,
-    NOTHING,
-    NOTHING,
-)
 
 
 @pytest.fixture(scope="module")

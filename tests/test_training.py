@@ -17,6 +17,7 @@ import small_stage
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_ground import THESAURUS
 from small_sdxl import FIRST, SECOND, UNET
 from small_sdxl import VAE as SMALL_VAE
 from small_stage import learned
@@ -32,8 +33,21 @@ from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, TimeIsUpError, learning_rate, save_network
+from fulgurite.training.phrases import MORE_LINKS
 from fulgurite.training.preview import fit_preview
-from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, caption, random_scene, recoloured, render
+from fulgurite.training.prompts import Wording
+from fulgurite.training.scenes import (
+    COLOURS,
+    HUES,
+    LINKS,
+    STYLE_WORDS,
+    caption,
+    linked,
+    plain,
+    random_scene,
+    recoloured,
+    render,
+)
 from fulgurite.training.sources import SPRITE, Sprites, Thing, capped, hexcode
 from fulgurite.training.teacher import initialize, noised, train_teacher
 from fulgurite.training.text import NOTHING, Questions, Sketch, answers_of, train_text_encoders
@@ -68,7 +82,7 @@ def test_a_scene_is_its_number_and_its_caption_says_what_is_there(
     words = caption(scene, random.Random(number))
     for placed in scene.things:
         name = placed.thing.name
-        assert any(word in words for word in (name, *placed.thing.tags, *SYNONYMS.get(name, ())))
+        assert any(word in words for word in (name, *SYNONYMS.get(name, ())))
         assert placed.colour is None or placed.colour in words
     if scene.background[-1] != "white":
         assert scene.background[-1] in words
@@ -89,6 +103,33 @@ def test_a_rendered_scene_has_its_background_and_its_things(sprites: Sprites) ->
                 x, y = round(placed.centre[0] * 320), round(placed.centre[1] * 192)
                 expected = sprites.pixels[placed.sprite][SPRITE // 2, SPRITE // 2, :3]
                 assert abs(picture[y, x].astype(int) - expected).max() <= 2
+
+
+def test_of_two_things_the_first_hides_some_of_the_second(sprites: Sprites) -> None:
+    scenes = (random_scene(random.Random(number), sprites) for number in range(500))
+    before = next(s for s in scenes if s.arrangement == "before" and not any(p.colour for p in s.things))
+    first, second = before.things
+    turned = replace(before, things=(replace(first, sprite=second.sprite), replace(second, sprite=first.sprite)))
+    x, y = (round(256 * share) for share in first.centre)
+    colours = [sprites.pixels[placed.sprite][SPRITE // 2, SPRITE // 2, :3] for placed in before.things]
+    for scene, colour in zip((before, turned), colours, strict=True):
+        assert abs(render(scene, sprites)[y, x].astype(int) - colour).max() <= 2
+
+
+@given(st.integers())
+def test_what_stands_between_two_names_says_how_the_things_stand(sprites: Sprites, number: int) -> None:
+    rng = random.Random(number)
+    scene = next(s for s in iter(lambda: random_scene(rng, sprites), None) if s.arrangement)
+    first, second = (plain(placed.thing) for placed in scene.things)
+    for links in (LINKS, MORE_LINKS):
+        onward, back = links[scene.arrangement]
+        said = {f"{first} {link} {second}" for link in onward} | {f"{second} {link} {first}" for link in back}
+        assert linked(scene, [first, second], links, rng) in said
+
+
+def test_no_words_between_two_names_mean_two_arrangements() -> None:
+    every = [link for links in (LINKS, MORE_LINKS) for both in links.values() for side in both for link in set(side)]
+    assert len(every) == len(set(every))
 
 
 def test_where_there_is_one_thing_scenes_hold_one(sprites: Sprites) -> None:
@@ -133,9 +174,8 @@ def test_text_encoders_learn_what_and_where(sprites: Sprites, tmp_path: Path) ->
     tokenizer = Tokenizer.from_folder(tmp_path, 60)
     scenes = [random_scene(random.Random(number), sprites) for number in range(4)]
     latents = np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float16)
-    train_text_encoders(
-        sprites, LatentSet((256, 256), latents, scenes), of_model, tokenizer, tmp_path / "run", steps=100, batch=8
-    )
+    shown, wording = LatentSet((256, 256), latents, scenes), Wording(THESAURUS, tokenizer)
+    train_text_encoders(shown, sprites, wording, of_model, tmp_path / "run", steps=100, batch=8)
     first, last = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert last["questions"] < 0.8 * first["questions"]
     assert last["sketch"] < first["sketch"]
@@ -360,7 +400,8 @@ def test_the_teacher_learns_pictures_by_their_words(sprites: Sprites, tmp_path: 
     scenes = [random_scene(random.Random(number), sprites) for number in (1, 2)]
     latents = np.stack([np.full((4, 8, 8), value, np.float16) for value in (-1, 1)])
     shown = LatentSet((256, 256), latents, scenes)
-    learned = train_teacher([shown], of_model, tokenizer, encoders, tmp_path / "run", steps=150, batch=4)
+    wording = Wording(THESAURUS, tokenizer)
+    learned = train_teacher([shown], wording, of_model, encoders, tmp_path / "run", steps=150, batch=4)
     assert isinstance(learned, UNet)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [50, 100, 150]

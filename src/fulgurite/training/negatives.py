@@ -1,6 +1,6 @@
 """Whether negative prompts work: where a prompt leaves open what is drawn, naming what it draws should take that away.
 
-Prompts are tags that several things share ("a flower"), the negative prompt names the thing that is drawn most often
+Prompts are kinds of things ("a flower"), the negative prompt names the thing that is drawn most often
 ("tulip"), and the evaluator says what each shows. Noise is the same with and without the negative prompt, so one
 without effect leaves every share as it was. What the prompt itself names is not asked: then both predictions hold it,
 and there is no difference to be guided by. An unrelated thing's name tells how much any negative prompt disturbs.
@@ -25,31 +25,31 @@ from fulgurite.training.scenes import a_or_an, plain
 from fulgurite.training.sources import Thing
 from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
-TAGS, SHARED = 15, 3  # at most so many tags, each of at least so many things
-OFTEN = 0.5  # a tag is asked about if one of its things is in this share of its pictures
+KINDS, SHARED = 15, 3  # at most so many kinds, each of at least so many things
+OFTEN = 0.5  # a kind is asked about if one of its things is in this share of its pictures
 STRENGTHS = 3.0, 5.0, 9.0  # of guidance: what the API's 7.5, 15 and 30 stand for with the cards that there are
 
 
 @dataclass
 class Tally:
-    """What was found in pictures of several tags."""
+    """What was found in pictures of several kinds."""
 
     pictures: int = 0
     avoided: int = 0  # show the thing that the negative prompt names
-    right: int = 0  # show some thing with the prompt's tag
+    right: int = 0  # show some thing of the prompt's kind
     seconds: float = 0.0  # of all steps, without decoding
 
-    def add(self, found: Sequence[Thing], seconds: float, tag: str, avoided: Thing) -> None:
+    def add(self, found: Sequence[Thing], seconds: float, kind: str, avoided: Thing) -> None:
         self.pictures += len(found)
         self.avoided += sum(thing is avoided for thing in found)
-        self.right += sum(tag in thing.tags for thing in found)
+        self.right += sum(kind in thing.kinds for thing in found)
         self.seconds += seconds
 
 
-def shared_tags(things: Sequence[Thing]) -> list[str]:
-    """The tags that the most things have."""
-    counted = Counter(tag for thing in things for tag in set(thing.tags))
-    return [tag for tag, count in counted.most_common(TAGS) if count >= SHARED]
+def common_kinds(things: Sequence[Thing]) -> list[str]:
+    """Those of the most things."""
+    counted = Counter(kind for thing in things for kind in set(thing.kinds))
+    return [kind for kind, count in counted.most_common(KINDS) if count >= SHARED]
 
 
 @torch.no_grad()
@@ -74,24 +74,24 @@ def things_drawn(
 
 
 def tallied(evaluation: Evaluation, way: Way, count: int) -> dict[str, Tally]:
-    """Without negative prompts, with them by strength, and with an unrelated thing's name; in turns, tag by tag.
+    """Without negative prompts, with them by strength, and with an unrelated thing's name; in turns, kind by kind.
 
-    Where tags draw no thing often enough to take it away, there is nothing.
+    Where kinds draw no thing often enough to take it away, there is nothing.
     """
     unet, things, usual = evaluation.network(way), evaluation.sprites.things, evaluation.card.guidance_strength
     tallies: defaultdict[str, Tally] = defaultdict(Tally)
-    for tag in shared_tags(things):
-        prompt = a_or_an(tag)
+    for kind in common_kinds(things):
+        prompt = a_or_an(kind)
         found, seconds = things_drawn(evaluation, unet, way, prompt, "", usual, count)
-        avoided = max((thing for thing in things if tag in thing.tags), key=found.count)
+        avoided = max((thing for thing in things if kind in thing.kinds), key=found.count)
         if found.count(avoided) < OFTEN * count:
             continue
-        tallies["no negative prompt"].add(found, seconds, tag, avoided)
-        unrelated = random.Random(tag).choice([thing for thing in things if tag not in thing.tags])
+        tallies["no negative prompt"].add(found, seconds, kind, avoided)
+        unrelated = random.Random(kind).choice([thing for thing in things if kind not in thing.kinds])
         asked = [(f"strength {strength:g}", avoided, strength) for strength in STRENGTHS]
         for name, negative, strength in (*asked, (f"strength {usual:g}, unrelated", unrelated, usual)):
             found, seconds = things_drawn(evaluation, unet, way, prompt, plain(negative), strength, count)
-            tallies[name].add(found, seconds, tag, avoided)
+            tallies[name].add(found, seconds, kind, avoided)
     return tallies
 
 
@@ -106,7 +106,7 @@ def rows_of(evaluation: Evaluation, way: Way, count: int) -> list[str]:
 
 
 def negatives(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
-    """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a tag."""
+    """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a kind."""
     head = "drawn by", "pictures", "show what is to be avoided", "show what the prompt asks for", "seconds a picture"
     parts = {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
     return evaluation.table("negatives", head, parts)

@@ -112,7 +112,8 @@ MORE_NAMES: dict[str, tuple[str, ...]] = {
     "man": (
         "dude", "fellow", "male", "businessman", "dad", "husband", "human", "young man",
         "prince", "knight", "sailor", "farmer", "doctor", "teacher", "pilot", "student",
-        "cowboy", "viking", "uncle", "brother", "scientist", "lumberjack", "waiter", "actor",
+        "cowboy", "viking", "king", "pirate", "soldier", "uncle", "brother", "scientist", "lumberjack",
+        "waiter", "actor",
     ),
     "woman": (
         "businesswoman", "mother", "mom", "wife", "nurse", "bride", "ballerina",
@@ -164,17 +165,23 @@ MORE_STYLES: dict[str, tuple[str, ...]] = {
     "sticker": ("sticker art", "decal", "die cut sticker"),
 }  # fmt: skip
 
-# What says nothing that a small picture could show: what prompts begin with, what stands between two things, where a
-# thing may be, and what prompts, and negative ones, end with.
+# What stands between two things, by their arrangement: the nearer one first, and the other way round.
+MORE_LINKS = {
+    "beside": (("near", "together with", "and also", "standing next to", "alongside", "left of"), ("right of",)),
+    "upon": (
+        ("riding on", "standing on", "atop", "on the back of", "over", "on top of the head of"),
+        ("beneath", "below", "underneath"),
+    ),
+    "before": (("standing in front of", "before"), ("standing behind", "who holds")),
+}  # fmt: skip
+
+# What says nothing that a small picture could show: what prompts begin with, where a thing may be, and what prompts,
+# and negative ones, end with.
 OPENINGS = (
     "a photo of", "photo of", "a photograph of", "portrait of", "an illustration of", "a painting of", "close-up of",
     "a close up of", "a sketch of", "a drawing of", "a picture of", "an image of", "a detailed portrait of",
     "digital painting of", "generate", "draw", "show me", "i want", "please draw", "there is", "an oil painting of",
     "a watercolor of", "a professional photograph of", "macro shot of",
-)  # fmt: skip
-LINKS = (
-    "and", "and", "beside", "with", "next to", "near", "together with", "and also", "in front of", "riding",
-    "holding",
 )  # fmt: skip
 PLACES = "in", "on", "at", "under", "near", "over", "behind", "with", "through", "beside", "inside", "from"
 PRAISE = (
@@ -187,7 +194,7 @@ PRAISE = (
     "volumetric light", "ray tracing", "hdr", "high resolution", "raw photo", "symmetrical", "elegant", "smooth",
     "cozy", "whimsical", "minimalistic", "clean lines", "centered", "product photo", "illustration", "artwork",
     "national geographic", "at sunset", "at night", "in the forest", "in space", "on a table", "on a wooden table",
-    "in a city", "in the rain", "on the beach", "in the snow", "in a garden", "wearing a hat", "wearing sunglasses",
+    "in a city", "in the rain", "on the beach", "in the snow", "in a garden",
     "watercolor", "oil painting", "pencil sketch", "cyberpunk", "steampunk", "vaporwave", "anime", "kawaii", "chibi",
 )  # fmt: skip
 MORE_FAULTS = (

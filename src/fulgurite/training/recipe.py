@@ -10,8 +10,9 @@ import torch
 from accelerate import PartialState
 
 from fulgurite.cards import card
-from fulgurite.models import VAE, Tokenizer
+from fulgurite.models import VAE, CLIPTextConfig, Tokenizer
 from fulgurite.training import phrases
+from fulgurite.training.arrangements import arrangements
 from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
 from fulgurite.training.evaluation import Evaluation, evaluate, ways_of
@@ -21,9 +22,10 @@ from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
-from fulgurite.training.other_words import Wording, teach_other_words, understood
+from fulgurite.training.other_words import teach_other_words, understood
 from fulgurite.training.plans import QUICK, SMALL
 from fulgurite.training.preview import preview_lines
+from fulgurite.training.prompts import Wording
 from fulgurite.training.scenes import random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.students import students_in, write_card
@@ -32,7 +34,7 @@ from fulgurite.training.teacher import train_teacher
 from fulgurite.training.text import train_text_encoders
 from fulgurite.training.thesaurus import Thesaurus
 from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
-from fulgurite.training.vocabulary import add_words, grow, write_tokenizer, write_vocabulary
+from fulgurite.training.vocabulary import Grown, add_words, grow, write_tokenizer, write_vocabulary
 from fulgurite.training.wordings import wordings
 from fulgurite.training.words import FIRST
 from fulgurite.weights.files import Files
@@ -42,8 +44,9 @@ MODEL = "fulgurite/spark"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 FAST_DECODER_FILE = "fast_decoder/diffusion_pytorch_model.safetensors"
 READER_STEPS = 1500  # of the evaluator
-LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways whose negative prompts and styles are evaluated
+LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways of which more than the scores is evaluated
 EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
+ARRANGED = 200  # pictures of each arrangement
 WORDED = 500  # pictures of prompts in other words
 TEXTS = 40_000  # of other words, from which the tokenizer learns more
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
@@ -69,7 +72,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=32_000, text_steps=2500, teacher_steps=20_000, batch=32,
+        "cpu", True, FIRST, vae_steps=1150, scenes=40_000, text_steps=2500, teacher_steps=20_000, batch=32,
         words_steps=8000, decoder_steps=4000, fast_decoder_steps=11_000, distillations=QUICK,
     ),
     "gpu": Preset(
@@ -114,11 +117,29 @@ def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: s
         write_card("spark_lightning.toml", card_file, ground.unet, students, preview)
 
 
+def thesaurus_of(work: Path, sprites: Sprites, tokenizer: Tokenizer) -> Thesaurus:
+    return Thesaurus.of(sprites.things, tokenizer.words or (), work / "sprites/packages")
+
+
 def wording(work: Path, sprites: Sprites, tokenizer: Tokenizer, held_out: bool = False) -> Wording:
     """Other words for the scenes of these sprites."""
     with PartialState().main_process_first():
-        thesaurus = Thesaurus.of(sprites.things, tokenizer.words or (), work / "sprites/packages")
+        thesaurus = thesaurus_of(work, sprites, tokenizer)
     return Wording.of(thesaurus, tokenizer, held_out)
+
+
+def more_words(tokenizer: Path, words: Wording, sprites: Sprites) -> Grown:
+    """The vocabulary in a tokenizer's folder, with other words for scenes in the places that are left."""
+    rng = random.Random("more words")
+    return grow(tokenizer, (words.pair(random_scene(rng, sprites), rng)[1] for _ in range(TEXTS)))
+
+
+def learn_vocabulary(work: Path, sprites: Sprites, config: CLIPTextConfig, folder: Path) -> None:
+    """Writes a tokenizer of captions and then of other words into ``folder``."""
+    write_tokenizer(sprites, config.vocab_size, folder)
+    captions = Tokenizer.from_folder(folder, config.max_position_embeddings)
+    grown = more_words(folder, Wording.of(thesaurus_of(work, sprites, captions), captions), sprites)
+    write_vocabulary(folder, grown.vocab, grown.merges)
 
 
 def other_words(work: Path, tokenizer: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> Ground:
@@ -127,8 +148,7 @@ def other_words(work: Path, tokenizer: Path, out: Path, preset: Preset, ground: 
     ``tokenizer``: the folder of its tokenizer, which grows; both are written into the model's folder ``out``.
     """
     words, length = wording(work, sprites, ground.tokenizers[0]), ground.tokenizers[0].length
-    rng = random.Random("more words")
-    grown = grow(tokenizer, (words.pair(random_scene(rng, sprites), rng)[1] for _ in range(TEXTS)))
+    grown = more_words(tokenizer, words, sprites)
     if PartialState().is_main_process:
         shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
         write_vocabulary(out / "tokenizer", grown.vocab, grown.merges)
@@ -222,6 +242,7 @@ def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Pre
     evaluate(evaluation, ways)
     closer = [way for way in ways if way.name in LOOKED_INTO]
     styles(evaluation, closer, EACH)
+    arrangements(evaluation, closer, ARRANGED)
     negatives(evaluation, closer, EACH)
     wordings(evaluation, closer, wording(work, sprites, networks.tokenizers[0], held_out=True), WORDED)
 
@@ -235,10 +256,12 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     of_model = card(MODEL)
     data = Data.built(work, preset)
     vocabulary = work / "tokenizer"
-    if PartialState().is_main_process and not (vocabulary / "tokenizer_config.json").exists():
-        write_tokenizer(data.sprites, of_model.text_encoders[0].vocab_size, vocabulary)
+    if PartialState().is_main_process and not vocabulary.exists():
+        with whole(vocabulary) as new:
+            learn_vocabulary(work, data.sprites, of_model.text_encoders[0], new)
     PartialState().wait_for_everyone()
     tokenizer = Tokenizer.from_folder(vocabulary, of_model.text_encoders[0].max_position_embeddings)
+    words = wording(work, data.sprites, tokenizer)
 
     vae = train_vae(data.sprites, of_model.vae, work / "vae", preset.vae_steps, run)
     normalize_latents(vae, to_pixels(render_pictures(data.sprites, 128, "normalize")).to(run.device))
@@ -246,9 +269,9 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     square = data.latents(vae, shape, preset.scenes, work)
     oblong = [data.latents(vae, other, preset.scenes // 12, work) for other in others]
     torch.set_float32_matmul_precision("high")
-    encoders = train_text_encoders(data.sprites, square, of_model, tokenizer, work / "text", preset.text_steps, run)
+    encoders = train_text_encoders(square, data.sprites, words, of_model, work / "text", preset.text_steps, run)
     unet = train_teacher(
-        [square, *oblong], of_model, tokenizer, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
+        [square, *oblong], words, of_model, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
     )
     if PartialState().is_main_process:
         save_network(unet, out / UNET_FILE)

@@ -6,6 +6,7 @@ cached latent can be paired with fresh words each time it is seen.
 
 import random
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,31 @@ WITHHELD = ("cartoon", "sticker")
 SPOKEN_WITH_Y = "uni", "ufo", "eu"  # at their beginning, where a vowel is written
 UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
 OTHERS_UNSAID = 0.12
+TWO = 0.3  # how many scenes hold two things
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How two things stand."""
+
+    centres: tuple[tuple[float, float], tuple[float, float]]  # of both, as shares of the picture's width and height
+    sides: tuple[float, float]  # as shares of its shorter side
+    weight: float  # how often things stand so
+
+
+# The first thing is the nearer one. Place and size hardly vary, since no word says them: the network would learn to
+# blur over them.
+ARRANGEMENTS = {
+    "beside": Arrangement(((0.26, 0.5), (0.74, 0.5)), (0.5, 0.5), 0.4),
+    "upon": Arrangement(((0.5, 0.27), (0.5, 0.69)), (0.52, 0.6), 0.3),
+    "before": Arrangement(((0.7, 0.73), (0.41, 0.41)), (0.5, 0.78), 0.3),
+}
+Links = tuple[tuple[str, ...], tuple[str, ...]]  # what is between the first and the second; and the other way round
+LINKS: dict[str, Links] = {
+    "beside": (("and", "and", "next to", "beside", "to the left of"), ("to the right of",)),
+    "upon": (("on", "on top of", "riding", "sitting on", "above"), ("under", "carrying", "wearing")),
+    "before": (("in front of", "in front of"), ("behind", "holding", "with")),
+}
 
 
 @dataclass(frozen=True)
@@ -51,47 +77,51 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. Two things stand left and right, in this order."""
+    """What is in a picture."""
 
     things: tuple[Placed, ...]
     style: str
     background: tuple[str, ...]  # colours from top to bottom
     size: tuple[int, int]  # width, height in pixels
+    arrangement: str | None = None  # of two things
 
 
 def random_scene(rng: random.Random, sprites: Sprites, size: tuple[int, int] = (256, 256)) -> Scene:
-    """One scene: nine in ten hold one thing, the others two."""
-    count = 1 if rng.random() < 0.9 else 2
+    """One scene: seven in ten hold one thing, the others two."""
     weights = [weight(thing) for thing in sprites.things]
     first = rng.choices(sprites.things, weights)[0]
     styles = list(first.sprites)
     style = rng.choices(styles, [STYLE_WEIGHTS.get(s, 1.0) for s in styles])[0]
-    things = [first]
-    if not any(style in other.sprites for other in sprites.things if other is not first):
-        count = 1
-    while len(things) < count:
+    things, arrangement = [first], None
+    if rng.random() < TWO and any(style in other.sprites for other in sprites.things if other is not first):
+        arrangement = rng.choices(list(ARRANGEMENTS), [each.weight for each in ARRANGEMENTS.values()])[0]
+    while arrangement and len(things) < 2:
         other = rng.choices(sprites.things, weights)[0]
         if style in other.sprites and other is not first:
             things.append(other)
 
-    width, height = size
     placed = []
-    for i, thing in enumerate(things):
-        across, down = width / min(size), height / min(size)
-        room = 0.48 if count == 2 and width <= height else 0.5 * across if count == 2 else min(across, down)
-        # Place and size hardly vary, since no word says them: the network would learn to blur over them.
-        side = room * rng.uniform(0.85, 0.89)
-        x, y = 0.5 if count == 1 else (0.27, 0.73)[i], 0.5
+    for thing, (centre, side) in zip(things, places(arrangement, size), strict=True):
         colour = rng.choice(list(HUES)) if rng.random() < 0.16 else None
         if colour and not saturated(sprites.pixels[thing.sprites[style]]):
             colour = None
-        placed.append(Placed(thing, thing.sprites[style], colour, (x, y), side))
+        placed.append(Placed(thing, thing.sprites[style], colour, centre, side * rng.uniform(0.98, 1.02)))
     kind = rng.random()
     if kind < 0.4:
         background: tuple[str, ...] = ("white",)
     else:
         background = tuple(rng.sample(list(COLOURS), 1 if kind < 0.85 else 2))
-    return Scene(tuple(placed), style, background, size)
+    return Scene(tuple(placed), style, background, size, arrangement)
+
+
+def places(arrangement: str | None, size: tuple[int, int]) -> list[tuple[tuple[float, float], float]]:
+    """Centre and side of each thing, where an oblong picture has more room for things that stand along it."""
+    if arrangement is None:
+        return [((0.5, 0.5), 0.87)]
+    width, height = size
+    room = {"beside": max(1.0, width / height), "upon": max(1.0, height / width)}.get(arrangement, 1.0)
+    stand = ARRANGEMENTS[arrangement]
+    return [(c, min(side * room, 0.87)) for c, side in zip(stand.centres, stand.sides, strict=True)]
 
 
 def held_out_style(thing: Thing) -> str | None:
@@ -152,7 +182,7 @@ def render_background(colours: tuple[str, ...], size: tuple[int, int]) -> Image.
 def render(scene: Scene, sprites: Sprites) -> np.ndarray:
     """The scene's pixels ``[H, W, 3]``, uint8."""
     canvas = render_background(scene.background, scene.size)
-    for placed in scene.things:
+    for placed in reversed(scene.things):  # the first hides some of the second
         sprite = Image.fromarray(np.asarray(sprites.pixels[placed.sprite]))
         if placed.colour:
             sprite = recoloured(sprite, placed.colour)
@@ -179,16 +209,16 @@ def plain(thing: Thing) -> str:
 
 def names_of(thing: Thing) -> tuple[str, ...]:
     """All that a caption may call it."""
-    return thing.name, *SYNONYMS.get(thing.name, ()), *thing.tags
+    return thing.name, *SYNONYMS.get(thing.name, ()), *thing.kinds
 
 
 def name_of(thing: Thing, rng: random.Random) -> str:
-    """The thing's name, or now and then another word for it."""
+    """The thing's name, or now and then another word for it or what kind of thing it is."""
     pick = rng.random()
     if pick < 0.3 and thing.name in SYNONYMS:
         return rng.choice(SYNONYMS[thing.name])
-    if pick < 0.4 and thing.tags:
-        return rng.choice(thing.tags)
+    if pick < 0.4 and thing.kinds:
+        return rng.choice(thing.kinds)
     return plain(thing) if rng.random() < 0.5 else thing.name
 
 
@@ -216,7 +246,7 @@ def caption(scene: Scene, rng: random.Random, said: Said | None = None) -> str:
         if rng.random() < 0.2:
             words = f"{rng.choice(FILLERS)} {words}"
         parts.append(with_article(words, rng))
-    text = rng.choice((" and ", " and ", " next to ", " to the left of ")).join(parts)
+    text = linked(scene, parts, LINKS, rng)
 
     if len(scene.background) == 2:
         text += rng.choice((" on a {} to {} gradient background", " on a {} and {} gradient")).format(*scene.background)
@@ -229,6 +259,16 @@ def caption(scene: Scene, rng: random.Random, said: Said | None = None) -> str:
     if rng.random() < 0.08:
         text = rng.choice(("a picture of ", "an image of ", "an icon of ", "a drawing of ")) + text
     return text
+
+
+def linked(scene: Scene, parts: Sequence[str], links: Mapping[str, Links], rng: random.Random) -> str:
+    """Words for each of the scene's things, and between two some that say how they stand."""
+    if scene.arrangement is None:
+        return parts[0]
+    onward, back = links[scene.arrangement]
+    link = rng.choice(onward + back)
+    first, second = parts if link in onward else reversed(parts)
+    return f"{first} {link} {second}"
 
 
 def no_caption(rng: random.Random) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fulgurite.errors import FulguriteError
 from fulgurite.training.files import whole
-from fulgurite.training.words import COMMON, SYNONYMS
+from fulgurite.training.words import COMMON, KINDS, SYNONYMS
 
 SPRITE = 256  # pixels per side
 METADATA = "emojibase-data@17.0.0"
@@ -47,6 +47,11 @@ class Thing:
     group: str
     subgroup: str
     sprites: dict[str, int]  # style: row of the sprite array
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which of its tags say what kind of thing it is; others say what comes to mind ("movie", of popcorn)."""
+        return tuple(tag for tag in self.tags if tag in KINDS)
 
 
 @dataclass(frozen=True)

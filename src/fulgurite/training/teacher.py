@@ -1,4 +1,4 @@
-"""Stage three: the UNet, from captions and latents, to predict v (arXiv 2202.00512).
+"""Stage three: the UNet, from prompts and latents, to predict v (arXiv 2202.00512).
 
 The last timestep is trained on pure noise, which is what sampling starts from: SDXL's schedule leaks a little of the
 picture there, enough to fix its brightness (Lin et al., arXiv 2305.08891).
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from fulgurite.cards import Card
 from fulgurite.kernels.cpu import accelerate_training
-from fulgurite.models import Tokenizer, UNet
+from fulgurite.models import UNet
 from fulgurite.models.unet import ResnetBlock, SpatialTransformer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
-from fulgurite.training.scenes import caption, no_caption
+from fulgurite.training.prompts import Wording
 from fulgurite.training.steps import seeded
 
-UNCONDITIONAL = 0.1  # how often the caption is left out, for classifier-free guidance
+UNCONDITIONAL = 0.1  # how often the prompt says nothing, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
 OTHER_SHAPES = 0.06  # how often a batch is not square
 
@@ -49,8 +49,8 @@ def initialize(unet: UNet) -> None:
 
 def train_teacher(
     latents: list[LatentSet],
+    wording: Wording,
     card: Card,
-    tokenizer: Tokenizer,
     encoders: nn.ModuleDict,
     folder: Path,
     steps: int,
@@ -84,13 +84,13 @@ def train_teacher(
         square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
         chosen = latents[0] if square else rng.choice(latents[1:])
         clean, scenes = chosen.batch(batch, rng)
-        captions = [no_caption(rng) if rng.random() < UNCONDITIONAL else caption(scene, rng) for scene in scenes]
+        prompts = [wording.describe(None if rng.random() < UNCONDITIONAL else scene, rng) for scene in scenes]
         timesteps = ((1 - torch.rand(batch) ** 2) * TRAIN_STEPS).long().clamp_max(TRAIN_STEPS - 1)
         timesteps[torch.rand(batch) < PURE_NOISE] = TRAIN_STEPS - 1
         width, height = chosen.size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(batch, -1)
 
-        clean, timesteps, ids, sizes = (y.to(device) for y in (clean, timesteps, tokenizer(captions), sizes))
+        clean, timesteps, ids, sizes = (y.to(device) for y in (clean, timesteps, wording.tokenizer(prompts), sizes))
         x, target = noised(clean, timesteps, torch.randn(clean.shape).to(device), sigmas)
         stage.update({"v": loss(ids, x, timesteps, target, sizes)})
     average = stage.average["unet"]

@@ -1,6 +1,6 @@
-"""Stage two: the text encoders, taught to say what is in the scene that a caption describes, and where.
+"""Stage two: the text encoders, taught to say what is in the scene that a prompt describes, and where.
 
-SDXL's encoders come ready from a billion captioned pictures. Here every caption is written from a scene that is
+SDXL's encoders come ready from a billion captioned pictures. Here every prompt is written from a scene that is
 known exactly, so instead of by contrast with pictures they learn from that. The pooled state answers questions: which
 things, turned to which colours, on what background, in which style. The last states, which stand behind the prompt
 and have no words of their own, sketch the latent, each its part of it. So the UNet's cross-attention finds the outlines
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.cards import Card
-from fulgurite.models import CLIPTextEncoder, Tokenizer
+from fulgurite.models import CLIPTextEncoder
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
-from fulgurite.training.scenes import COLOURS, HUES, STYLE_WORDS, Scene, caption
+from fulgurite.training.prompts import Wording
+from fulgurite.training.scenes import ARRANGEMENTS, COLOURS, HUES, STYLE_WORDS, Scene
 from fulgurite.training.sources import Sprites
 
 NOTHING = "nothing"
@@ -36,7 +37,7 @@ class Questions(nn.Module):
         self.answers = {
             "first": names, "second": [NOTHING, *names],
             "first_colour": [NOTHING, *hues], "second_colour": [NOTHING, *hues],
-            "top": colours, "bottom": colours, "style": list(STYLE_WORDS),
+            "arrangement": [NOTHING, *ARRANGEMENTS], "top": colours, "bottom": colours, "style": list(STYLE_WORDS),
         }  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(dim, len(answers)) for name, answers in self.answers.items()})
 
@@ -75,6 +76,7 @@ def answers_of(scene: Scene) -> dict[str, str]:
         "second": second.thing.name if second else NOTHING,
         "first_colour": first.colour or NOTHING,
         "second_colour": (second.colour if second else None) or NOTHING,
+        "arrangement": scene.arrangement or NOTHING,
         "top": scene.background[0],
         "bottom": scene.background[-1],
         "style": scene.style,
@@ -82,10 +84,10 @@ def answers_of(scene: Scene) -> dict[str, str]:
 
 
 def train_text_encoders(
-    sprites: Sprites,
     latents: LatentSet,
+    sprites: Sprites,
+    wording: Wording,
     card: Card,
-    tokenizer: Tokenizer,
     folder: Path,
     steps: int,
     run: Run = HERE,
@@ -105,7 +107,7 @@ def train_text_encoders(
     while stage.step < steps:
         rng = random.Random(f"text {seed} {stage.number}")
         clean, scenes = latents.batch(batch, rng)
-        ids = tokenizer([caption(scene, rng) for scene in scenes]).to(device)
+        ids = wording.tokenizer([wording.describe(scene, rng) for scene in scenes]).to(device)
         with torch.autocast(run.kind, torch.bfloat16):
             (states, _), (more, pooled) = first(ids), second(ids)
             drawn = sketch(torch.cat([states, more], dim=-1)).float()

@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 
 from fulgurite.training.phrases import (
-    LINKS,
     MORE_FAULTS,
+    MORE_LINKS,
     MORE_NAMES,
     MORE_STYLES,
     NO_NAMES,
@@ -68,7 +68,7 @@ class Thesaurus:
             names[thing] = tuple(name for name in found if name not in captions and name not in NO_NAMES)
 
         told = [*captions, *chain(*names.values(), *kinds.values(), *SHADES.values(), *MORE_STYLES.values())]
-        told += [*OPENINGS, *LINKS, *PLACES, *PRAISE, *MORE_FAULTS]
+        told += [*OPENINGS, *chain(*chain(*MORE_LINKS.values())), *PLACES, *PRAISE, *MORE_FAULTS]
         taken = {*words, *told, *map(plural, told), *chain(*map(str.split, told))}
 
         def others(part: str) -> list[str]:

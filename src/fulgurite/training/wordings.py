@@ -12,7 +12,7 @@ import torch
 
 from fulgurite.training.evaluation import Evaluation, Way, found, share
 from fulgurite.training.fingerprint import fingerprint
-from fulgurite.training.other_words import Wording
+from fulgurite.training.prompts import Wording
 from fulgurite.training.reader import seen
 from fulgurite.training.scenes import Scene, caption
 

@@ -12,6 +12,12 @@ FAULTS = (
     "disfigured", "extra limbs", "bad", "poorly drawn",
 )  # fmt: skip
 
+# What the picture sets call several things, and a caption may. Most of their tags are no names at all.
+KINDS = {
+    "animal", "bird", "insect", "pet", "monster", "creature", "child", "kid", "flower", "plant", "fruit", "vegetable",
+    "food", "dessert", "drink", "vehicle", "building", "instrument", "toy",
+}  # fmt: skip
+
 # Asked for often, and so drawn often: these and all that have synonyms.
 COMMON = {
     "lion", "elephant", "giraffe", "zebra", "deer", "wolf", "raccoon", "squirrel", "chipmunk", "hedgehog", "bat",
@@ -63,7 +69,7 @@ SYNONYMS = {
     "rocket": ("spacecraft", "spaceship", "space rocket", "starship", "rocket ship"),
     "flying saucer": ("ufo", "alien saucer"),
     "satellite": ("space probe",),
-    "automobile": ("car", "red car", "vehicle"),
+    "automobile": ("car", "red car"),
     "sport utility vehicle": ("suv", "jeep", "blue car"),
     "racing car": ("race car", "formula one car", "sports car"),
     "articulated lorry": ("semi truck", "big truck", "lorry"),
@@ -107,7 +113,7 @@ SYNONYMS = {
     "crocodile": ("alligator",),
     "turtle": ("tortoise",),
     "spouting whale": ("whale", "blue whale"),
-    "tropical fish": ("clownfish", "colourful fish"),
+    "tropical fish": ("fish", "clownfish", "colourful fish"),
     "blowfish": ("pufferfish",),
     "honeybee": ("bee", "bumblebee"),
     "lady beetle": ("ladybug", "ladybird"),
@@ -116,12 +122,12 @@ SYNONYMS = {
     "evergreen tree": ("pine tree", "fir tree", "conifer"),
     "deciduous tree": ("tree", "oak tree", "green tree"),
     "Christmas tree": ("xmas tree", "decorated tree"),
-    "potted plant": ("house plant", "plant"),
+    "potted plant": ("house plant",),
     "seedling": ("sprout", "small plant"),
     "cherry blossom": ("pink flower", "sakura"),
     "hibiscus": ("tropical flower", "red flower"),
     "sunflower": ("yellow flower",),
-    "blossom": ("daisy", "flower"),
+    "blossom": ("daisy",),
     "mushroom": ("toadstool", "red mushroom"),
     "tangerine": ("orange", "mandarin", "orange fruit"),
     "red apple": ("apple",),
@@ -187,7 +193,7 @@ SYNONYMS = {
     "grinning face": ("smiley", "smiley face", "happy face"),
     "red heart": ("heart", "love heart"),
     "astronaut": ("spaceman", "cosmonaut"),
-    "mage": ("wizard", "sorcerer", "magician"),
+    "mage": ("wizard", "sorcerer", "magician", "witch"),
     "princess": ("queen",),
     "superhero": ("hero", "comic hero"),
     "detective": ("private eye", "spy"),
@@ -207,7 +213,7 @@ SYNONYMS = {
     "closed book": ("book",),
     "telephone": ("phone", "rotary phone"),
     "sunglasses": ("dark glasses",),
-    "top hat": ("tall hat",),
+    "top hat": ("hat", "tall hat"),
     "tent": ("camping tent",),
     "alien monster": ("space invader", "pixel alien"),
     "ghost": ("spooky ghost", "spirit"),
@@ -215,6 +221,9 @@ SYNONYMS = {
     "teddy bear": ("stuffed toy", "plush bear"),
     "bread": ("loaf of bread", "loaf"),
     "cookie": ("biscuit",),
+    "hot dog": ("hotdog", "frankfurter"),
+    "pancakes": ("pancake", "hotcakes"),
+    "helicopter": ("copter",),
     "cupcake": ("muffin",),
     "wine glass": ("glass of wine", "red wine"),
     "bus": ("school bus", "coach"),
