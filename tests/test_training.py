@@ -43,6 +43,7 @@ from fulgurite.training.scenes import (
     STYLE_WORDS,
     caption,
     linked,
+    name_of,
     plain,
     random_scene,
     recoloured,
@@ -67,7 +68,7 @@ def sprites() -> Sprites:
     for i, disc in enumerate(discs):
         disc[x**2 + y**2 < 110**2] = (220, 30 + 5 * i, 20, 255)
     things = [
-        Thing(name, ("tag of " + name,), "objects", "some", {"3d": 2 * i, "flat": 2 * i + 1})
+        Thing(name, ("toy", "tag of " + name), "objects", "some", {"3d": 2 * i, "flat": 2 * i + 1})
         for i, name in enumerate(NAMES)
     ]
     return Sprites(things, discs)
@@ -82,7 +83,7 @@ def test_a_scene_is_its_number_and_its_caption_says_what_is_there(
     words = caption(scene, random.Random(number))
     for placed in scene.things:
         name = placed.thing.name
-        assert any(word in words for word in (name, *SYNONYMS.get(name, ())))
+        assert any(word in words for word in (name, "toy", *SYNONYMS.get(name, ())))
         assert placed.colour is None or placed.colour in words
     if scene.background[-1] != "white":
         assert scene.background[-1] in words
@@ -103,6 +104,32 @@ def test_a_rendered_scene_has_its_background_and_its_things(sprites: Sprites) ->
                 x, y = round(placed.centre[0] * 320), round(placed.centre[1] * 192)
                 expected = sprites.pixels[placed.sprite][SPRITE // 2, SPRITE // 2, :3]
                 assert abs(picture[y, x].astype(int) - expected).max() <= 2
+
+
+def test_a_caption_may_say_the_kind_of_thing_but_no_other_tag(sprites: Sprites) -> None:
+    said = [name_of(sprites.things[0], random.Random(number)) for number in range(500)]
+    assert 20 <= said.count("toy") <= 70
+    assert not any("tag" in name for name in said)
+
+
+def test_prompts_that_name_no_style_are_mostly_of_one_in_other_words_too(sprites: Sprites, tmp_path: Path) -> None:
+    write_tokenizer(sprites, FIRST.vocab_size, tmp_path)
+    wording = Wording(THESAURUS, Tokenizer.from_folder(tmp_path, 60))
+    scenes = [random_scene(random.Random(number), sprites) for number in range(400)]
+    unsaid = [scene.style for i, scene in enumerate(scenes) if not wording.said(scene, random.Random(i))[1].styled]
+    assert len(unsaid) > 100
+    assert unsaid.count("3d") > 0.85 * len(unsaid)
+
+
+def test_two_things_stand_where_their_arrangement_says(sprites: Sprites) -> None:
+    seen = set()
+    for number in range(300):
+        scene = random_scene(random.Random(number), sprites)
+        if scene.arrangement:
+            seen.add(scene.arrangement)
+            (x, y), (other_x, other_y) = (placed.centre for placed in scene.things)
+            assert {"beside": x < other_x, "upon": y < other_y, "before": y > other_y}[scene.arrangement]
+    assert seen == {"beside", "upon", "before"}
 
 
 def test_of_two_things_the_first_hides_some_of_the_second(sprites: Sprites) -> None:

@@ -1,7 +1,7 @@
 """Whether two things stand as the prompt says: "a fox on a car", "a fox in front of a car", "a fox and a car".
 
-The evaluator is asked what the nearer thing is, what the other is, and how they stand, the rest given. Beside what a
-model draws are renders, which are the evaluator's ceiling.
+The evaluator is asked what each of the two is and how they stand, the rest given. Beside what a model draws are
+renders, which are the evaluator's ceiling.
 """
 
 import random
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.training.evaluation import Evaluation, Way, share
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.reader import rendered, seen
 from fulgurite.training.scenes import ARRANGEMENTS, LINKS, Placed, Scene, a_or_an, places, plain
 from fulgurite.training.sources import SPRITE, Sprites, Thing
@@ -20,7 +21,7 @@ STYLE = "3d"  # what is drawn where the prompt names none
 
 
 def asked(first: Thing, second: Thing, arrangement: str) -> str:
-    """A prompt for the nearer thing, and the other, standing so."""
+    """A prompt for the two, standing so."""
     onward, _ = LINKS[arrangement]
     return f"{a_or_an(plain(first))} {onward[0]} {a_or_an(plain(second))}"
 
@@ -28,7 +29,7 @@ def asked(first: Thing, second: Thing, arrangement: str) -> str:
 def arranged(sprites: Sprites, arrangement: str, count: int) -> list[Scene]:
     """Scenes of two things on white, any two as often as others."""
     rng, size = random.Random(f"arranged {arrangement}"), (SPRITE, SPRITE)
-    known = [thing for thing in sprites.things if STYLE in thing.sprites]
+    known = list({plain(thing): thing for thing in sprites.things if STYLE in thing.sprites}.values())
     scenes = []
     for _ in range(count):
         stand = zip(rng.sample(known, 2), places(arrangement, size), strict=True)
@@ -75,11 +76,13 @@ def rows_of(evaluation: Evaluation, way: Way | None, count: int) -> list[str]:
 
 
 def arrangements(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
-    """A Markdown table of how often the evaluator sees both things, and them standing as asked.
+    """A Markdown table of how often the evaluator sees both things standing as asked.
 
-    Each thing is one of all, and how they stand one of six, two for each arrangement. ``count``: pictures each.
+    Each is one of all things; how they stand is one of six, since each arrangement has them in either order.
+    ``count``: pictures of each arrangement.
     """
-    head = "drawn by", "pictures", "show both things", "show them standing so"
-    parts = {("renders", evaluation.data): partial(rows_of, evaluation, None, count)}
-    parts |= {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
+    head = "drawn by", "pictures", "show both standing so", "of the ways in which they can stand, show this one"
+    parts = {("renders", fingerprint(evaluation.data, count)): partial(rows_of, evaluation, None, count)}
+    for way in ways:
+        parts[way.name, fingerprint(evaluation.made_of(way), count)] = partial(rows_of, evaluation, way, count)
     return evaluation.table("arrangements", head, parts)

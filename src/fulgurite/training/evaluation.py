@@ -134,10 +134,12 @@ class Evaluation:
         """``steps``: of the evaluator's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
-        self.data = fingerprint(self.scenes, steps, tokenizer_folder() / "merges.txt", "whole", "close up")
+        self.captions = [caption(scene, rng) for scene in self.scenes]
+        self.data = fingerprint(
+            self.scenes, self.captions, steps, tokenizer_folder() / "merges.txt", "whole", "close up"
+        )
         self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
         self.reader = train_reader(sprites, folder / f"reader-{self.data}", steps, run)
-        self.captions = [caption(scene, rng) for scene in self.scenes]
         self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
             self.said = torch.cat([self.reader.captions([text]) for text in self.captions])

@@ -25,7 +25,7 @@ from fulgurite.training.scenes import a_or_an, plain
 from fulgurite.training.sources import Thing
 from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
-KINDS, SHARED = 15, 3  # at most so many kinds, each of at least so many things
+MOST, SHARED = 15, 3  # at most so many kinds, each of at least so many things
 OFTEN = 0.5  # a kind is asked about if one of its things is in this share of its pictures
 STRENGTHS = 3.0, 5.0, 9.0  # of guidance: what the API's 7.5, 15 and 30 stand for with the cards that there are
 
@@ -47,9 +47,9 @@ class Tally:
 
 
 def common_kinds(things: Sequence[Thing]) -> list[str]:
-    """Those of the most things."""
+    """Those that the most things are of."""
     counted = Counter(kind for thing in things for kind in set(thing.kinds))
-    return [kind for kind, count in counted.most_common(KINDS) if count >= SHARED]
+    return [kind for kind, count in counted.most_common(MOST) if count >= SHARED]
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Stage four: the text encoders, taught to read prompts in other words than captions have.
+"""Stage four: the text encoders, taught to make the same of other words as of a caption.
 
 People write names that captions do not know, and much that no small picture can show: "portrait of a majestic lion
-in the forest, cinematic lighting, 8k". Here each scene is described twice, by a caption and so; what the encoders as
-they were made of the caption, they learn to make of the other as well. What has to agree is what the finished UNet
-predicts, and the states behind the prompt, which have no words of their own; so words that say nothing may take any
-number of places.
+in the forest, cinematic lighting, 8k". The stages before have read such prompts among captions; a name that comes
+seldom they have hardly read. Here each scene is described twice, by a caption and so; what the encoders as they were
+made of the caption, they learn to make of the other as well. What has to agree is what the finished UNet predicts, and
+the states behind the prompt, which have no words of their own; so words that say nothing may take any number of places.
 """
 
 import random
@@ -19,17 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.models import Tokenizer
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.distil import Ground, network
 from fulgurite.training.loop import Stage
 from fulgurite.training.prompts import Wording
-from fulgurite.training.scenes import (
-    Scene,
-    a_or_an,
-)
+from fulgurite.training.scenes import Scene, a_or_an
 from fulgurite.training.steps import seeded
 from fulgurite.training.teacher import noised
+from fulgurite.training.text import behind_prompts
 
 READ = 4  # times as many pairs of prompts are read as a batch has rows: drawing takes longer
 DRAWN = 2  # of a batch's rows one in so many is drawn
@@ -47,12 +44,6 @@ class Encoders(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         (first, _), (second, pooled) = (encoder(ids) for encoder in self.encoders)
         return torch.cat([first, second], dim=-1), pooled
-
-
-def behind_prompts(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Which places of token ids ``[B, S]`` are behind the prompt and its end: they have no words of their own."""
-    end = (ids == tokenizer.end).int().argmax(dim=1, keepdim=True)
-    return torch.arange(ids.shape[1], device=ids.device) > end
 
 
 def evenly(scenes: Sequence[Scene], names: Mapping[str, Sequence[str]]) -> Callable[[random.Random], Scene]:

@@ -165,7 +165,7 @@ MORE_STYLES: dict[str, tuple[str, ...]] = {
     "sticker": ("sticker art", "decal", "die cut sticker"),
 }  # fmt: skip
 
-# What stands between two things, by their arrangement: the nearer one first, and the other way round.
+# What stands between two things, by their arrangement, in their order and the other way round.
 MORE_LINKS = {
     "beside": (("near", "together with", "and also", "standing next to", "alongside", "left of"), ("right of",)),
     "upon": (

@@ -22,6 +22,7 @@ from fulgurite.training.scenes import (
     name_of,
     no_caption,
     plain,
+    styled,
 )
 from fulgurite.training.sources import Thing
 from fulgurite.training.thesaurus import Thesaurus, plural
@@ -29,8 +30,10 @@ from fulgurite.training.words import FILLERS
 
 AS_BEFORE = 0.25  # how often a caption is described by itself: what is known is to stay
 SAYS_NOTHING = 0.1  # how often there is no scene
-OTHERWISE = 0.4  # how often a scene is described in other words than a caption where either may be
+OTHERWISE = 0.4  # how often a prompt is in other words, in stages that learn captions and others alike
 TRIES = 20
+# What stands between two things may stand before what no picture shows as well: "a lion in front of a sunset".
+AROUND = (*PLACES, *chain(*chain(*LINKS.values(), *MORE_LINKS.values())))
 DETERMINERS = "the", "my", "one", "this", "some", "her", "his"
 SEVERAL = "two", "three", "some", "many", "the", "cute"
 BACKGROUNDS = (
@@ -101,7 +104,7 @@ class Wording:
     def said(self, scene: Scene, rng: random.Random) -> tuple[Said, Said]:
         """What a caption is to say of a scene, and the same with other names."""
         names, others = zip(*(self.names(placed.thing, rng) for placed in scene.things), strict=True)
-        said = Said(names, rng.random() < 0.15, rng.random() < 0.6)
+        said = Said(names, rng.random() < 0.15, styled(scene, rng))
         return said, replace(said, names=others)
 
     def names(self, thing: Thing, rng: random.Random) -> tuple[str, str]:
@@ -121,7 +124,7 @@ class Wording:
     def doing(self, rng: random.Random) -> str:
         """What it does, or where it is: "sitting in the grass"."""
         noun, verb = common(self.thesaurus.nouns, rng), common(self.thesaurus.verbs, rng)
-        where = f"{rng.choice(PLACES)} {rng.choice(('the', 'a', 'some', 'its'))} {noun}"
+        where = f"{rng.choice(AROUND)} {rng.choice(('the', 'a', 'some', 'its'))} {noun}"
         return rng.choice((where, f"{verb} {where}", verb))
 
     def nothing(self, rng: random.Random) -> str:
@@ -170,10 +173,14 @@ class Wording:
         return text
 
     def taught(self) -> set[str]:
-        """The names of things, colours and styles that captions do not have, and all things' names for several."""
+        """The names of things, colours and styles that captions do not have, and all things' names for several.
+
+        And what may stand between two things.
+        """
         others = set(chain(*self.thesaurus.names.values()))
         named = {*others, *map(plural, others | self.thesaurus.captions)}
-        return {" ".join(words_of(name)) for name in (*named, *chain(*SHADES.values(), *MORE_STYLES.values()))}
+        links = chain(*chain(*MORE_LINKS.values()))
+        return {" ".join(words_of(name)) for name in (*named, *links, *chain(*SHADES.values(), *MORE_STYLES.values()))}
 
 
 def common(words: Sequence[str], rng: random.Random) -> str:

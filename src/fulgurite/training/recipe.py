@@ -2,8 +2,10 @@
 
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,6 @@ from accelerate import PartialState
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextConfig, Tokenizer
-from fulgurite.training import phrases
 from fulgurite.training.arrangements import arrangements
 from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
@@ -19,7 +20,7 @@ from fulgurite.training.evaluation import Evaluation, evaluate, ways_of
 from fulgurite.training.fast_decoder import train_fast_decoder
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
-from fulgurite.training.latents import LatentSet, build_latents
+from fulgurite.training.latents import FEW, LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.negatives import negatives
 from fulgurite.training.other_words import teach_other_words, understood
@@ -134,6 +135,11 @@ def more_words(tokenizer: Path, words: Wording, sprites: Sprites) -> Grown:
     return grow(tokenizer, (words.pair(random_scene(rng, sprites), rng)[1] for _ in range(TEXTS)))
 
 
+def examples(words: Wording, scenes: Sequence[Any]) -> list[tuple[str, str]]:
+    """A few captions and other words, which are others where these are written otherwise."""
+    return [words.pair(scene, random.Random(i)) for i, scene in enumerate(scenes[:FEW])]
+
+
 def learn_vocabulary(work: Path, sprites: Sprites, config: CLIPTextConfig, folder: Path) -> None:
     """Writes a tokenizer of captions and then of other words into ``folder``."""
     write_tokenizer(sprites, config.vocab_size, folder)
@@ -154,8 +160,9 @@ def other_words(work: Path, tokenizer: Path, out: Path, preset: Preset, ground: 
         write_vocabulary(out / "tokenizer", grown.vocab, grown.merges)
     PartialState().wait_for_everyone()
     words = replace(words, tokenizer=Tokenizer.from_folder(out / "tokenizer", length))
+    scenes = ground.latents.scenes
     folder = (
-        work / f"words-{fingerprint(ground.unet, *ground.encoders, grown, words.thesaurus, Path(phrases.__file__))}"
+        work / f"words-{fingerprint(ground.unet, *ground.encoders, grown, words.thesaurus, examples(words, scenes))}"
     )
     encoders = teach_other_words(ground, words, grown.new, folder, preset.words_steps)
     if PartialState().is_main_process:
@@ -269,10 +276,11 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     square = data.latents(vae, shape, preset.scenes, work)
     oblong = [data.latents(vae, other, preset.scenes // 12, work) for other in others]
     torch.set_float32_matmul_precision("high")
-    encoders = train_text_encoders(square, data.sprites, words, of_model, work / "text", preset.text_steps, run)
-    unet = train_teacher(
-        [square, *oblong], words, of_model, encoders, work / "teacher", preset.teacher_steps, run, preset.batch
-    )
+    said = examples(words, square.scenes)
+    folder = work / f"text-{fingerprint(vocabulary / 'vocab.json', words.thesaurus, said)}"
+    encoders = train_text_encoders(square, data.sprites, words, of_model, folder, preset.text_steps, run)
+    folder = work / f"teacher-{fingerprint(*encoders.values())}"
+    unet = train_teacher([square, *oblong], words, of_model, encoders, folder, preset.teacher_steps, run, preset.batch)
     if PartialState().is_main_process:
         save_network(unet, out / UNET_FILE)
     PartialState().wait_for_everyone()

@@ -37,7 +37,7 @@ WITHHELD = ("cartoon", "sticker")
 SPOKEN_WITH_Y = "uni", "ufo", "eu"  # at their beginning, where a vowel is written
 UNSAID_STYLE = {"3d": 0.7}  # how often the caption leaves this style out
 OTHERS_UNSAID = 0.12
-TWO = 0.3  # how many scenes hold two things
+TWO = 0.3  # the share of scenes that hold two things
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Arrangement:
     weight: float  # how often things stand so
 
 
-# The first thing is the nearer one. Place and size hardly vary, since no word says them: the network would learn to
-# blur over them.
+# The first thing is on the left, above or in front, and hides some of the second. Place and size hardly vary, since no
+# word says them: the network would learn to blur over them.
 ARRANGEMENTS = {
     "beside": Arrangement(((0.26, 0.5), (0.74, 0.5)), (0.5, 0.5), 0.4),
     "upon": Arrangement(((0.5, 0.27), (0.5, 0.69)), (0.52, 0.6), 0.3),
@@ -79,7 +79,7 @@ class Placed:
 class Scene:
     """What is in a picture."""
 
-    things: tuple[Placed, ...]
+    things: tuple[Placed, ...]  # one or two, in the order of ARRANGEMENTS
     style: str
     background: tuple[str, ...]  # colours from top to bottom
     size: tuple[int, int]  # width, height in pixels
@@ -215,10 +215,10 @@ def names_of(thing: Thing) -> tuple[str, ...]:
 def name_of(thing: Thing, rng: random.Random) -> str:
     """The thing's name, or now and then another word for it or what kind of thing it is."""
     pick = rng.random()
-    if pick < 0.3 and thing.name in SYNONYMS:
-        return rng.choice(SYNONYMS[thing.name])
-    if pick < 0.4 and thing.kinds:
+    if pick < 0.08 and thing.kinds:
         return rng.choice(thing.kinds)
+    if pick < 0.4 and thing.name in SYNONYMS:
+        return rng.choice(SYNONYMS[thing.name])
     return plain(thing) if rng.random() < 0.5 else thing.name
 
 
@@ -253,12 +253,17 @@ def caption(scene: Scene, rng: random.Random, said: Said | None = None) -> str:
     elif scene.background[0] != "white" or (said.white if said else rng.random() < 0.15):
         text += rng.choice((" on a {} background", " on {}", ", {} background")).format(scene.background[0])
 
-    if said.styled if said else rng.random() >= UNSAID_STYLE.get(scene.style, OTHERS_UNSAID):
+    if said.styled if said else styled(scene, rng):
         word = rng.choice(STYLE_WORDS[scene.style])
         text = f"{text}, {word}" if rng.random() < 0.8 else f"{word} of {text}"
     if rng.random() < 0.08:
         text = rng.choice(("a picture of ", "an image of ", "an icon of ", "a drawing of ")) + text
     return text
+
+
+def styled(scene: Scene, rng: random.Random) -> bool:
+    """Whether to say the scene's style: so that what names none is mostly one of them."""
+    return rng.random() >= UNSAID_STYLE.get(scene.style, OTHERS_UNSAID)
 
 
 def linked(scene: Scene, parts: Sequence[str], links: Mapping[str, Links], rng: random.Random) -> str:

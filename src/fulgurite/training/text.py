@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.cards import Card
-from fulgurite.models import CLIPTextEncoder
+from fulgurite.models import CLIPTextEncoder, Tokenizer
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.prompts import Wording
@@ -26,6 +26,12 @@ from fulgurite.training.sources import Sprites
 
 NOTHING = "nothing"
 PARTS = 4  # per side of the latent: as many squared are the states that sketch
+
+
+def behind_prompts(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Which places of token ids ``[B, S]`` are behind the prompt and its end: they have no words of their own."""
+    end = (ids == tokenizer.end).int().argmax(dim=1, keepdim=True)
+    return torch.arange(ids.shape[1], device=ids.device) > end
 
 
 class Questions(nn.Module):
@@ -111,9 +117,11 @@ def train_text_encoders(
         with torch.autocast(run.kind, torch.bfloat16):
             (states, _), (more, pooled) = first(ids), second(ids)
             drawn = sketch(torch.cat([states, more], dim=-1)).float()
+        off = (drawn - clean.to(device)).square().mean(dim=(1, 2, 3))
+        behind = behind_prompts(ids, wording.tokenizer)[:, -PARTS * PARTS]  # not all of these are, of long prompts
         targets = {question: numbers.to(device) for question, numbers in questions.targets(scenes).items()}
         asked = questions.loss(pooled.float(), targets)
-        stage.update({"questions": asked, "sketch": 2 * F.mse_loss(drawn, clean.to(device))})
+        stage.update({"questions": asked, "sketch": 2 * (off * behind).mean()})
     average = stage.average
     assert isinstance(average, nn.ModuleDict)
     del average["questions"], average["sketch"]

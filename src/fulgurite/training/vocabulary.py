@@ -78,6 +78,8 @@ def grow(folder: Path, texts: Iterable[str]) -> Grown:
     vocab, merges = read_vocabulary(folder)
     numbers = {number: token for token, number in vocab.items()}
     free = sorted(number for number, token in numbers.items() if token.startswith(UNUSED))
+    if not free:
+        return Grown(vocab, merges, [])
 
     bpe = clip_bpe(vocab, merges)
     counts: Counter[str] = Counter()
