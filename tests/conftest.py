@@ -82,7 +82,7 @@ def drawn(model: str, request: Request, notes: tuple[str, ...] = ()) -> Picture:
 class FakeEngine:
     """Answers at once with a plain picture, or with what ``answer`` gives or raises; held, not at all.
 
-    Pictures of the seeds in ``waits`` come once their events are set.
+    Pictures of the seeds in ``waits`` come once their events are set. What ``refuses`` is, it raises of every job.
     """
 
     def __init__(self) -> None:
@@ -91,8 +91,11 @@ class FakeEngine:
         self.jobs: list[tuple[str, Request]] = []
         self.futures: list[Future[Picture]] = []
         self.held = False
+        self.refuses: Exception | None = None
 
     def submit(self, model: str, request: Request, on_step: OnStep | None = None, key: str = "") -> Future[Picture]:
+        if self.refuses:
+            raise self.refuses
         for step in range(0 if self.held or not on_step else request.num_steps):
             on_step(step + 1, request.num_steps, lambda: Image.new("RGB", (16, 16), "orange"))
         self.jobs.append((model, request))

@@ -234,13 +234,16 @@ def test_what_goes_wrong_in_a_stream(draw: Callable[..., client.Drawn], address:
     assert (refused.value.status, refused.value.code) == (422, "invalid_parameter")
 
 
+@pytest.mark.parametrize("queued", [True, False])
 def test_a_busy_stream_is_come_back_to_as_it_is_told(
-    draw: Callable[..., client.Drawn], address: str, engine: FakeEngine, waited: list[float]
+    draw: Callable[..., client.Drawn], address: str, engine: FakeEngine, waited: list[float], queued: bool
 ) -> None:
-    def busy(model: str, request: Request) -> Picture:
-        raise BusyError("All places are taken.", 60)
+    error = BusyError("All places are taken.", 60)
 
-    engine.answer = busy
+    def busy(model: str, request: Request) -> Picture:
+        raise error
+
+    engine.answer, engine.refuses = busy, None if queued else error
     with pytest.raises(APIError, match="All places") as refused:
         draw(address + "/api/v1", KEY, on_step=print, model=SPARK)
     assert (refused.value.status, refused.value.code) == (503, "busy")

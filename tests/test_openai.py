@@ -360,6 +360,13 @@ def test_what_goes_wrong_in_a_stream_is_an_exception(
     assert [entry.price for entry in ledger.entries()] == [0]
 
 
+def test_a_stream_of_what_is_not_queued_is_told_by_its_status(images: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.refuses = BusyError("All places are taken.", 7)
+    with pytest.raises(openai.InternalServerError, match="All places are taken") as caught:
+        images.with_options(max_retries=0).images.generate(model=SPARK, prompt="a red fox", stream=True)
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "7")
+
+
 def test_who_leaves_a_stream_cancels(images: openai.OpenAI, engine: FakeEngine, ledger: Ledger) -> None:
     engine.held = True
     events = images.images.generate(model=SPARK, prompt="a red fox", stream=True, partial_images=1)

@@ -85,6 +85,16 @@ def test_what_goes_wrong_is_the_last_event(
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "stream")
 
 
+def test_what_is_not_queued_is_no_stream(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:
+    engine.refuses = BusyError("All places are taken.", 7)
+    answer = client.post("/api/v1", json=body() | {"stream": True})
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "7", "busy")
+    engine.refuses = KeyError()
+    answer = client.post("/api/v1", json=body() | {"stream": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert [entry.outcome for entry in ledger.entries()] == ["refused", "failed"]
+
+
 def test_the_place_in_the_queue_is_told_and_who_hangs_up_cancels(
     address: str, engine: FakeEngine, ledger: Ledger
 ) -> None:

@@ -62,10 +62,17 @@ class Job:
     future: Future[Picture] | None = None  # the engine's
     answer: "asyncio.Task[Answer] | None" = None
     steps: list[StepDone] = field(default_factory=list)
-    listeners: set[asyncio.Event] = field(default_factory=set)  # set at each step
+    listeners: set[asyncio.Event] = field(default_factory=set)  # set once it is queued, and at each step
 
-    def stepped(self, step: "StepDone") -> None:
+    def queued(self, future: Future[Picture]) -> None:
+        self.future = future
+        self.heard()
+
+    def stepped(self, step: StepDone) -> None:
         self.steps.append(step)
+        self.heard()
+
+    def heard(self) -> None:
         for listener in self.listeners:
             listener.set()
 
@@ -191,13 +198,14 @@ class Jobs:
 
         order = job.order
         told = on_step if order.stream else None
-        job.future = self._engine.submit(order.model, order.request, told, order.key.id)
+        future = self._engine.submit(order.model, order.request, told, order.key.id)
+        job.queued(future)
         if job.unwanted:
-            self._engine.cancel(job.future)
+            self._engine.cancel(future)
         try:
-            return await asyncio.wrap_future(job.future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            if not job.future.cancelled():
+            if not future.cancelled():
                 raise
         except BusyError:  # as the engine ends what it draws already
             if not job.unwanted:

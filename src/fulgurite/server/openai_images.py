@@ -240,7 +240,7 @@ def add_openai_images(app: FastAPI, service: Service) -> None:
             await service.jobs.refuse_reuse(orders[0])
             data = bodies[0].data
             dialect = OpenAIDialect(data.width, data.height, asked.output_format or "png", asked.quality, shown)
-            return streamed(http, service.jobs, service.jobs.start(orders[0]), dialect, notes_header(unheeded))
+            return await streamed(http, service.jobs, service.jobs.start(orders[0]), dialect, notes_header(unheeded))
         if asked.partial_images:
             unheeded.append("partial_images changes nothing without stream")
         answers, notes = await all_made(http, service, orders)

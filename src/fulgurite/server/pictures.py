@@ -63,11 +63,13 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         * `done`, the last: `picture` as a data URL, and the values of the `X-Fulgurite-...` headers under their
           lower-case names without that prefix (`seed`, `steps`, `model`, ...).
         * `error`, the last instead: `status`, `error` (as elsewhere), `retry_after` (seconds or null), `request_id`.
+
+        What is wrong before the picture is queued is told as without `stream`, by the answer's status.
         """
         order = await service.order(http)
         job = service.jobs.start(order)
         if order.stream:
-            return streaming.streamed(http, service.jobs, job, streaming.OwnDialect(), {})
+            return await streaming.streamed(http, service.jobs, job, streaming.OwnDialect(), {})
         answer = await awaited(http, service.jobs, job)
         return Response(answer.content, media_type=answer.media_type, headers=dict(answer.headers))
 

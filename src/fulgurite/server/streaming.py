@@ -54,15 +54,35 @@ class OwnDialect:
         return event("done", made(answer) | {"picture": data_url(answer.media_type, answer.content)})
 
 
-def streamed(http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect, headers: dict[str, str]) -> StreamingResponse:
-    """The job's events as an answer, which has these headers besides its own."""
-    return StreamingResponse(events(http, jobs, job, dialect), media_type=MEDIA_TYPE, headers=HEADERS | headers)
+async def streamed(
+    http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect, headers: dict[str, str]
+) -> StreamingResponse:
+    """The job's events as an answer, which has these headers besides its own.
 
-
-async def events(http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect) -> AsyncIterator[bytes]:
-    """The job's events. Who stops listening waits no longer, and a job that nobody waits for is cancelled."""
+    Raises what keeps the job from being queued: a client that is told so by the status knows when to come back.
+    """
     answer, news = asyncio.ensure_future(jobs.wait(job)), asyncio.Event()
     job.listeners.add(news)
+    try:
+        while not (job.future or answer.done()):
+            await any_of(answer, news)
+        if not job.future:
+            answer.result()
+    except BaseException:
+        job.listeners.discard(news)
+        answer.cancel()
+        raise
+    told = events(http, jobs, job, dialect, answer, news)
+    return StreamingResponse(told, media_type=MEDIA_TYPE, headers=HEADERS | headers)
+
+
+async def events(
+    http: HTTPRequest, jobs: Jobs, job: Job, dialect: Dialect, answer: "asyncio.Future[Answer]", news: asyncio.Event
+) -> AsyncIterator[bytes]:
+    """The job's events. Who stops listening waits no longer, and a job that nobody waits for is cancelled.
+
+    ``answer`` is this client's wait for the job; ``news`` is set when there is something to tell.
+    """
     told, place, spoke = 0, None, time.monotonic()
     try:
         while True:

@@ -73,7 +73,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "cpu", True, FIRST, vae_steps=1150, scenes=40_000, text_steps=2500, teacher_steps=20_000, batch=32,
+        "cpu", True, FIRST, vae_steps=1150, scenes=40_000, text_steps=4000, teacher_steps=20_000, batch=32,
         words_steps=8000, decoder_steps=4000, fast_decoder_steps=11_000, distillations=QUICK,
     ),
     "gpu": Preset(
