@@ -13,8 +13,8 @@ from fulgurite import Pipeline
 
 MODELS = (("fulgurite/spark-lightning", 4, "student"), ("fulgurite/spark", 8, "undistilled"))
 PROMPTS = (
-    ("a flower", "tulip"), ("an insect", "butterfly"), ("a fruit", "strawberry"), ("a celebration", "balloon"),
-    ("a face", "unicorn"), ("a tropical", "palm tree"), ("a travel", "helicopter"), ("a space", "rocket"),
+    ("a flower", "tulip"), ("an insect", "butterfly"), ("a fruit", "strawberry"), ("a vehicle", "car"),
+    ("an instrument", "guitar"), ("a monster", "robot"), ("a child", "girl"), ("a building", "house"),
 )  # fmt: skip
 SIDE, WORDS, HEAD, GAP, SEEDS = 80, 110, 20, 8, 3
 

@@ -1,6 +1,7 @@
 """Draws docs/sheet.jpg: prompts with their pictures from the embedded model, each the first seed, none picked.
 
-Four ask for things in styles that training never showed them in; the last sixteen are in words as people write them.
+Four ask for things in styles that training never showed them in, then ten for two things; the last sixteen are in words
+as people write them.
 
 python examples/sheet.py [docs/sheet.jpg]
 """
@@ -32,9 +33,11 @@ a violin | a drum | a chair | a tent | a truck | a ship on a blue background | a
 a shield | a taco | a sandwich | pancakes | popcorn | a cocktail | a bomb | a detective
 a fox, sticker | a rocket, sticker | a house, cartoon | a robot, cartoon style
 a koala, sticker | a penguin, cartoon style | a snail, cartoon | a tulip, sticker
+a cat and a dog | a fox on a car | a penguin in front of a castle | a wizard holding a sword | a girl with a balloon
+a cat wearing a top hat | a house behind a tree | a unicorn under a rainbow | a bear on a bicycle | a shark and a boat
 portrait of a majestic lion, cinematic lighting | a fluffy poodle sitting in the grass | an owl reading a book
 a cosy cottage in the woods at night | an espresso on a wooden table | a crimson rose, macro shot, bokeh
-astronaut riding a horse | a turquoise butterfly, watercolor | a rubber duck in a bathtub | a grumpy toad with a hat
+an astronaut riding a horse | a turquoise butterfly, watercolor | a rubber duck in a bathtub | a grumpy toad with a hat
 a delicious juicy burger, food photography | a limousine parked in the city | a sleepy feline on a purple background
 a jet flying over the ocean, 4k | one shiny ruby on black | an old galleon in a storm
 """

@@ -307,7 +307,7 @@ def test_the_embedded_model_knows_names_that_captions_do_not_have(spark: Pipelin
     [
         ("a red fox", "a red fox, highly detailed, 8k, masterpiece"),
         ("a penguin", "a professional photograph of a penguin, cinematic lighting, 4k"),
-        ("an owl", "an owl reading a book"),
+        ("an owl", "an owl asleep in the woods at night"),
         ("a burger", "a delicious juicy burger on a wooden table"),
         ("a house on a blue background", "a cosy house on a blue background, in the style of an old master"),
     ],

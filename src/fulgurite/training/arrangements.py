@@ -1,7 +1,7 @@
 """Whether two things stand as the prompt says: "a fox on a car", "a fox in front of a car", "a fox and a car".
 
-The evaluator is asked what each of the two is and how they stand, the rest given. Beside what a model draws are
-renders, which are the evaluator's ceiling.
+The evaluator is asked which two things a picture shows, and how they stand. Beside what a model draws are renders,
+which are the evaluator's ceiling.
 """
 
 import random
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fulgurite.training.evaluation import Evaluation, Way, share
+from fulgurite.training.evaluation import Evaluation, Way, found, share
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.reader import rendered, seen
 from fulgurite.training.scenes import ARRANGEMENTS, LINKS, Placed, Scene, a_or_an, places, plain
@@ -38,22 +38,12 @@ def arranged(sprites: Sprites, arrangement: str, count: int) -> list[Scene]:
     return scenes
 
 
-def seen_right(evaluation: Evaluation, picture: Tensor, scene: Scene) -> tuple[bool, bool]:
-    """Whether the evaluator finds both things in a picture's features ``[1, F]``, and how they stand."""
-    things, arrangement = evaluation.sprites.things, scene.arrangement
-    assert arrangement
+def standing_so(evaluation: Evaluation, picture: Tensor, scene: Scene) -> bool:
+    """Whether a picture's features ``[1, F]`` show the scene's things as they stand, of all ways in which they can."""
     first, second = (placed.thing for placed in scene.things)
-    right = asked(first, second, arrangement)
-    choices = (
-        [asked(thing, second, arrangement) for thing in things],
-        [asked(first, thing, arrangement) for thing in things],
-        [asked(a, b, stand) for stand in ARRANGEMENTS for a, b in ((first, second), (second, first))],
-    )
-    found = []
-    for texts in choices:
-        likeness = evaluation.reader.likeness(picture, evaluation.reader.captions(texts))
-        found.append(texts[int(likeness.argmax())] == right)
-    return found[0] and found[1], found[2]
+    ways = [(stand, both) for stand in ARRANGEMENTS for both in ((first, second), (second, first))]
+    said = evaluation.reader.captions([asked(*both, stand) for stand, both in ways])
+    return ways[int(evaluation.reader.likeness(picture, said).argmax())] == (scene.arrangement, (first, second))
 
 
 @torch.no_grad()
@@ -62,26 +52,27 @@ def rows_of(evaluation: Evaluation, way: Way | None, count: int) -> list[str]:
     name, unet, rows = way.name if way else "renders", way and evaluation.network(way), []
     for arrangement in ARRANGEMENTS:
         scenes = arranged(evaluation.sprites, arrangement, count)
+        both = ([placed.thing for placed in scene.things] for scene in scenes)
+        prompts = [asked(first, second, arrangement) for first, second in both]
         if way and unet:
-            both = ([placed.thing for placed in scene.things] for scene in scenes)
-            prompts = [asked(first, second, arrangement) for first, second in both]
             pictures = evaluation.pictures(unet, way, prompts, range(count))
         else:
             pictures = rendered(scenes, evaluation.sprites)
         features = evaluation.reader.pictures(seen(pictures))
-        right = [seen_right(evaluation, features[i : i + 1], scene) for i, scene in enumerate(scenes)]
-        things, stand = (share(sum(found), count) for found in zip(*right, strict=True))
-        rows.append(f"| {name}, {LINKS[arrangement][0][0]} | {count} | {things} | {stand} |")
+        hits = found(evaluation.reader.likeness(features, evaluation.reader.captions(prompts)), prompts)
+        stand = [standing_so(evaluation, features[i : i + 1], scene) for i, scene in enumerate(scenes)]
+        shares = f"{share(int(hits.sum()), count)} | {share(sum(stand), count)}"
+        rows.append(f"| {name}, {LINKS[arrangement][0][0]} | {count} | {shares} |")
     return rows
 
 
 def arrangements(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
-    """A Markdown table of how often the evaluator sees both things standing as asked.
+    """A Markdown table of how often the evaluator sees two things, and them standing as asked.
 
-    Each is one of all things; how they stand is one of six, since each arrangement has them in either order.
-    ``count``: pictures of each arrangement.
+    Which two is asked among 100 prompts of the same arrangement; how they stand among six ways, since each arrangement
+    has them in either order. ``count``: pictures of each arrangement.
     """
-    head = "drawn by", "pictures", "show both standing so", "of the ways in which they can stand, show this one"
+    head = "drawn by", "pictures", "whose prompt is found among 100", "show them standing so, of six ways"
     parts = {("renders", fingerprint(evaluation.data, count)): partial(rows_of, evaluation, None, count)}
     for way in ways:
         parts[way.name, fingerprint(evaluation.made_of(way), count)] = partial(rows_of, evaluation, way, count)
