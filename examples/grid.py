@@ -24,7 +24,8 @@ COLUMNS = (
 )
 PROMPTS = (
     "a rocket", "a red fox", "a panda, flat style", "a penguin on a blue background", "an octopus", "a sunflower",
-    "a slice of pizza", "a castle", "a green car", "a guitar on a yellow background", "a robot", "an astronaut riding a horse",
+    "a slice of pizza", "a castle", "a green car", "a guitar on a yellow background", "a robot",
+    "an astronaut riding a horse",
 )  # fmt: skip
 SIDE, WORDS, HEAD = 128, 136, 20
 

@@ -14,7 +14,7 @@ from fulgurite import Pipeline
 MODELS = (("fulgurite/spark-lightning", 4, "student"), ("fulgurite/spark", 8, "undistilled"))
 PROMPTS = (
     ("a flower", "tulip"), ("an insect", "butterfly"), ("a fruit", "strawberry"), ("a vehicle", "car"),
-    ("an instrument", "guitar"), ("a monster", "robot"), ("a child", "girl"), ("a building", "house"),
+    ("an instrument", "violin"), ("a monster", "robot"), ("a child", "boy"), ("a building", "castle"),
 )  # fmt: skip
 SIDE, WORDS, HEAD, GAP, SEEDS = 80, 110, 20, 8, 3
 
