@@ -19,7 +19,7 @@ from fulgurite.training.thesaurus import Thesaurus
 CARD = replace(card("fulgurite/spark"), unet=UNET, vae=SMALL_VAE, text_encoders=(FIRST, SECOND))
 NOTHING = tuple(f"{a}{b}{c}" for a in "bcd" for b in "aeo" for c in "lmn")
 THESAURUS = Thesaurus(
-    frozenset({"rocket", "fox", "tulip", "ufo"}),
+    ("fox", "rocket", "tulip", "ufo"),
     {"rocket": ("starship", "space shuttle"), "fox": ("vixen",), "tulip": ("tulipan",)},
     NOTHING,
     NOTHING,

@@ -261,7 +261,7 @@ def test_prompts_in_other_words_are_held_against_their_scenes_captions(
 ) -> None:
     """Pictures here are the numbers of their seeds, but those of prompts that name a vixen or have more words."""
     tokenizer = Tokenizer.from_folder(tmp_path, 100)
-    wording = Wording(Thesaurus(frozenset(), {"fox": ("vixen",)}, ("qqq",), ("qqq",), ("qqqing",)), tokenizer)
+    wording = Wording(Thesaurus((), {"fox": ("vixen",)}, ("qqq",), ("qqq",), ("qqqing",)), tokenizer)
     drawn: list[str] = []
 
     def pictures(unet: UNet, way: Way, texts: list[str], seeds: range) -> torch.Tensor:

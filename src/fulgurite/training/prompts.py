@@ -178,7 +178,7 @@ class Wording:
         And what may stand between two things.
         """
         others = set(chain(*self.thesaurus.names.values()))
-        named = {*others, *map(plural, others | self.thesaurus.captions)}
+        named = {*others, *map(plural, (*others, *self.thesaurus.captions))}
         links = chain(*chain(*MORE_LINKS.values()))
         return {" ".join(words_of(name)) for name in (*named, *links, *chain(*SHADES.values(), *MORE_STYLES.values()))}
 

@@ -46,7 +46,7 @@ NOUN, VERB, ADJECTIVE = "1", "2", "35"  # as the index of senses has parts of sp
 class Thesaurus:
     """What things are called besides, and words that name none of them."""
 
-    captions: frozenset[str]  # what they call the things
+    captions: tuple[str, ...]  # what they call the things; in an order, since stages are kept by what this is
     names: dict[str, tuple[str, ...]]  # what else a thing is called, by its name
     nouns: tuple[str, ...]  # the commonest first, as all of these
     adjectives: tuple[str, ...]
@@ -61,7 +61,7 @@ class Thesaurus:
         rows = json.loads((fetch(SUBTITLES, folder) / "index.json").read_text(encoding="utf-8"))
         wordnet = WordNet(fetch(WORDNET, folder) / "dict", {row["word"].lower(): row["count"] for row in rows})
         things = list(things)
-        captions = frozenset(name.lower() for thing in things for name in (*names_of(thing), plain(thing)))
+        captions = sorted({name.lower() for thing in things for name in (*names_of(thing), plain(thing))})
         kinds = wordnet.kinds({thing.name: SENSES.get(thing.name, ()) for thing in things})
         names = {}
         for thing, own in kinds.items():
@@ -77,7 +77,7 @@ class Thesaurus:
             return [word for word in found if word not in taken]
 
         verbs = [word for word in map(ing, others(VERB)) if word not in taken]
-        return cls(captions, names, tuple(others(NOUN)), tuple(others(ADJECTIVE)), tuple(verbs))
+        return cls(tuple(captions), names, tuple(others(NOUN)), tuple(others(ADJECTIVE)), tuple(verbs))
 
 
 class WordNet:
