@@ -18,13 +18,8 @@ from fulgurite import Pipeline
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import words_of
 from fulgurite.training import thesaurus as thesaurus_module
-from fulgurite.training.other_words import (
-    Encoders,
-    begin,
-    evenly,
-    teach_other_words,
-    understood,
-)
+from fulgurite.training.distil import Ground
+from fulgurite.training.other_words import Encoders, begin, evenly, teach_other_words, understood
 from fulgurite.training.phrases import MORE_NAMES, MORE_STYLES, SHADES
 from fulgurite.training.prompts import Wording, held_out_word
 from fulgurite.training.recipe import PRESETS, other_words
@@ -252,10 +247,9 @@ def test_a_models_folder_gets_the_encoders_the_tokenizer_and_its_words(
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    ground, seen, thesaurus = small_ground(model), [], [THESAURUS]
+    ground, seen = small_ground(model), []
     (model / "words.txt").write_text("fox\n")
     monkeypatch.setattr("fulgurite.training.recipe.TEXTS", 50)
-    monkeypatch.setattr("fulgurite.training.recipe.Thesaurus.of", lambda things, words, folder: thesaurus[-1])
 
     def teach(ground, wording, new, folder, steps):
         seen.append((wording, new, folder, steps))
@@ -264,7 +258,11 @@ def test_a_models_folder_gets_the_encoders_the_tokenizer_and_its_words(
     monkeypatch.setattr("fulgurite.training.recipe.teach_other_words", teach)
     monkeypatch.setattr("fulgurite.training.recipe.understood", lambda encoders, wording, device: wording)
 
-    taught = other_words(tmp_path, model, tmp_path / "out", PRESETS["cpu"], ground, small_sprites())
+    def run(thesaurus: Thesaurus) -> Ground:
+        words = Wording.of(thesaurus, ground.tokenizers[0])
+        return other_words(tmp_path, words, model, tmp_path / "out", PRESETS["cpu"], ground, small_sprites())
+
+    taught = run(THESAURUS)
     assert seen[0][3] == PRESETS["cpu"].words_steps
     assert {path.parent.name for path in (tmp_path / "out").glob("*/model.safetensors")} == {
         "text_encoder",
@@ -273,8 +271,8 @@ def test_a_models_folder_gets_the_encoders_the_tokenizer_and_its_words(
     assert not taught.tokenizers[0].unknown("a fox, foxes, a starship, space shuttles, turquoise")
     assert taught.tokenizers[1].unknown("a space") == ["space"]
     # An interrupted run goes on in the same folder; one with other words begins in another.
-    for thesaurus[-1] in (THESAURUS, replace(THESAURUS, names={"fox": ("vixen", "reynard")})):
-        other_words(tmp_path, model, tmp_path / "out", PRESETS["cpu"], ground, small_sprites())
+    for thesaurus in (THESAURUS, replace(THESAURUS, names={"fox": ("vixen", "reynard")})):
+        run(thesaurus)
     folders = [folder for _, _, folder, _ in seen]
     assert folders[0] == folders[1] != folders[2]
 

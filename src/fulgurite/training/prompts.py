@@ -9,7 +9,7 @@ from typing import Any
 
 from fulgurite.models import Tokenizer
 from fulgurite.models.tokenizer import words_of
-from fulgurite.training.phrases import MORE_FAULTS, MORE_LINKS, MORE_STYLES, OPENINGS, PLACES, PRAISE, SHADES
+from fulgurite.training.phrases import MORE_FAULTS, MORE_LINKS, MORE_STYLES, OPENINGS, PRAISE, SHADES
 from fulgurite.training.scenes import (
     LINKS,
     STYLE_WORDS,
@@ -25,15 +25,13 @@ from fulgurite.training.scenes import (
     styled,
 )
 from fulgurite.training.sources import Thing
-from fulgurite.training.thesaurus import Thesaurus, plural
+from fulgurite.training.thesaurus import AROUND, Thesaurus, plural
 from fulgurite.training.words import FILLERS
 
 AS_BEFORE = 0.25  # how often a caption is described by itself: what is known is to stay
 SAYS_NOTHING = 0.1  # how often there is no scene
 OTHERWISE = 0.4  # how often a prompt is in other words, in stages that learn captions and others alike
 TRIES = 20
-# What stands between two things may stand before what no picture shows as well: "a lion in front of a sunset".
-AROUND = (*PLACES, *chain(*chain(*LINKS.values(), *MORE_LINKS.values())))
 DETERMINERS = "the", "my", "one", "this", "some", "her", "his"
 SEVERAL = "two", "three", "some", "many", "the", "cute"
 BACKGROUNDS = (

@@ -148,12 +148,14 @@ def learn_vocabulary(work: Path, sprites: Sprites, config: CLIPTextConfig, folde
     write_vocabulary(folder, grown.vocab, grown.merges)
 
 
-def other_words(work: Path, tokenizer: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> Ground:
+def other_words(
+    work: Path, words: Wording, tokenizer: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites
+) -> Ground:
     """Teaches the ground's text encoders other words, and returns the ground with what they have become.
 
     ``tokenizer``: the folder of its tokenizer, which grows; both are written into the model's folder ``out``.
     """
-    words, length = wording(work, sprites, ground.tokenizers[0]), ground.tokenizers[0].length
+    length = ground.tokenizers[0].length
     grown = more_words(tokenizer, words, sprites)
     if PartialState().is_main_process:
         shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
@@ -218,7 +220,8 @@ def distil_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) ->
 def other_words_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
     """A finished model's text encoders taught other words; they and the tokenizer go to the folder ``out``."""
     ground, sprites = ground_of(work, model, preset, preset.scenes, run)
-    other_words(work, model / "tokenizer", out, preset, ground, sprites)
+    words = wording(work, sprites, ground.tokenizers[0])
+    other_words(work, words, model / "tokenizer", out, preset, ground, sprites)
 
 
 def decoders_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
@@ -286,7 +289,7 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
     ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
-    ground = other_words(work, vocabulary, out, preset, ground, data.sprites)
+    ground = other_words(work, words, vocabulary, out, preset, ground, data.sprites)
     decoders(work, out, preset, ground, data.sprites)
     preview = preview_lines(square, data.sprites)
     if PartialState().is_main_process:

