@@ -335,6 +335,8 @@ def test_usage(client: TestClient, ledger: Ledger) -> None:
         wrong = client.get("/api/v1/usage", headers=admin, params=days)
         assert (code(wrong), wrong.json()["error"]["param"]) == ((422, "invalid_parameter"), "since")
         assert wrong.json()["error"]["message"] == message
+    wrong = client.get("/api/v1/usage", headers=admin, params={"key": "\0"})
+    assert (code(wrong), wrong.json()["error"]["param"]) == ((422, "invalid_parameter"), "key")
     wrong = client.get("/api/v1/usage", headers=admin, params={"form": "2026-02-01"})
     assert (code(wrong), wrong.json()["error"]["param"]) == ((422, "invalid_parameter"), "form")
     assert wrong.json()["error"]["message"] == "There is no parameter 'form'. It would be ignored, so it is refused."
@@ -364,6 +366,8 @@ def test_the_admin_api(client: TestClient, ledger: Ledger) -> None:
     assert client.delete(f"{keys}/{key['id']}", headers=admin).json()["state"] == "revoked"
     assert client.post("/api/v1", json=body(), headers=with_it).status_code == 401
     assert code(client.delete(f"{keys}/{key['id']}", headers=admin)) == (404, "unknown_key")
+    for answer in (client.delete(f"{keys}/%00", headers=admin), client.post(f"{keys}/%00/rotate", headers=admin)):
+        assert code(answer) == (422, "invalid_parameter")  # PostgreSQL would fail at it
     listed = client.get(keys, headers=admin)
     assert [shown["state"] for shown in listed.json()["keys"]] == ["active", "active", "revoked"]
     assert "secret" not in listed.text

@@ -96,7 +96,7 @@ def test_what_passes_is_tried_again_under_one_key(draw: Callable[..., client.Dra
     answers: Answers = [
         httpx.Response(503, json=busy, headers={"Retry-After": "7"}),
         httpx.ConnectError("refused"),
-        httpx.ReadTimeout("slow"),
+        httpx.ReadError("reset"),
         httpx.Response(429, headers={"Retry-After": "9999"}),
         httpx.Response(200, content=file.getvalue(), headers={"Content-Type": "image/png"}),
     ]
@@ -145,6 +145,20 @@ def test_what_does_not_pass_is_an_error(
     with pytest.raises(APIError, match=said):
         draw("http://host/api/v1", "k", scripted([answer() for _ in range(9)], seen))
     assert len(seen) == tries
+
+
+def test_an_answer_that_does_not_come_in_time_is_not_asked_for_again(draw: Callable[..., client.Drawn]) -> None:
+    seen: list[httpx.Request] = []
+    with pytest.raises(APIError, match=r"did not answer within 300 s\. Give the client a longer timeout") as slow:
+        draw("http://host/api/v1", "k", scripted([httpx.ReadTimeout("slow")], seen))
+    assert (slow.value.status, slow.value.code) == (0, "timeout")
+    assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("waited")
+def test_a_stream_that_fell_silent_is_asked_for_again(draw: Callable[..., client.Drawn]) -> None:
+    answers = [httpx.ReadTimeout("silent"), httpx.Response(200, content=DONE, headers=EVENTS)]
+    assert draw("http://host/api/v1", "k", scripted(answers, []), on_step=print).media_type
 
 
 def test_a_seed_that_gives_no_picture_is_not_tried_again(draw: Callable[..., client.Drawn]) -> None:

@@ -124,9 +124,11 @@ def test_who_goes_away_frees_the_replica() -> None:
         job = cluster.submit(SPARK, FOX)
         while not cluster.stats()["running"]:
             time.sleep(0.01)
+        assert job.running()
         cluster.cancel(job)
         assert replicas.left.wait(20)
         assert job.cancelled()
+        assert not job.running()
         while cluster.stats()["running"]:
             time.sleep(0.01)
 

@@ -115,7 +115,7 @@ def test_the_first_answer_is_given_again_and_billed_once(books: Ledger) -> None:
     again = books.settle(second, answer(second, "order-1", content=b"other")).result(10)
     assert again
     assert (again.id, again.content, again.headers) == (kept.id, kept.content, kept.headers)
-    assert books.answer(key.id, idempotency_key="order-1") == again == books.answer(key.id, id=kept.id)
+    assert books.answer(key.id, idempotency_key="order-1") == again
     assert key_of(books, key).spent == PRICE
     assert [(e.price, e.outcome) for e in books.entries()] == [(PRICE, "done"), (0, "refused")]
     # The same words from another key are another order.
@@ -195,12 +195,33 @@ def test_one_settlement_that_fails_takes_no_other_with_it(books: Ledger) -> None
     first = entry(key)
     books.settle(first).result(10)
     with books._engine.begin():  # holds SQLite's only writer, so that all of these come into one commit
-        good, bad = [entry(key) for _ in range(20)], [first, entry(replace(key, id="nobody"))]
+        good, bad = [entry(key) for _ in range(20)], [replace(first, price=1), entry(replace(key, id="nobody"))]
         settlements = [books.settle(one) for one in random.sample(good + bad, 22)]
     failed = {s.entry.request_id for s in settlements if isinstance(s.exception(30), LedgerError)}
     assert failed == {one.request_id for one in bad}
     assert key_of(books, key).spent == 21 * PRICE
     assert len(books.entries()) == 21
+
+
+def test_a_commit_whose_reply_was_lost_is_not_taken_back(books: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = books.keys.create("a")
+    commit, lost = books._commit, []
+
+    def lossy(batch: list) -> list:
+        results = commit(batch)
+        if not lost:
+            lost.append(len(batch))
+            raise LedgerError("The connection is gone.")
+        return results
+
+    monkeypatch.setattr(books, "_commit", lossy)
+    with books._engine.begin():
+        ends = [entry(key) for _ in range(5)]
+        settlements = [books.settle(one, answer(one, "order")) if one is ends[0] else books.settle(one) for one in ends]
+    assert [settlement.result(30) for settlement in settlements] == [settlements[0].answer] + [None] * 4
+    assert lost
+    assert key_of(books, key).spent == 5 * PRICE
+    assert len(books.entries()) == 5
 
 
 def test_keys_open_by_their_secret_alone(books: Ledger) -> None:
@@ -245,6 +266,18 @@ def test_the_operators_own_key_follows_the_environment(books: Ledger) -> None:
     books.keys.set_from_environment("third")
     assert books.keys.find("third").state() == "active"
     assert len(books.keys.all()) == 1
+
+
+def test_the_environment_may_hold_the_secret_of_a_key_that_was_made(books: Ledger) -> None:
+    books.keys.set_from_environment("its own")
+    key, secret = books.keys.create("first")
+    for _ in range(2):
+        books.keys.set_from_environment(secret)
+        assert books.keys.find(secret).id == key.id
+        assert books.keys.find("its own").state() == "revoked"
+    books.keys.revoke(key.id)
+    with pytest.raises(LedgerError, match=f"FULGURITE_API_KEY is the secret of the key {key.id}, which is revoked"):
+        books.keys.set_from_environment(secret)
 
 
 def test_no_secret_is_in_the_database(opened: Callable[[], Ledger]) -> None:
@@ -369,7 +402,7 @@ def test_a_database_that_fails_later_is_an_error_that_says_why(books: Ledger) ->
         books.keys.all,
         lambda: books.keys.create("b"),
         lambda: books.keys.revoke(key.id),
-        lambda: books.answer(key.id, id="x"),
+        lambda: books.answer(key.id, "x"),
         lambda: books.usage(now(), now()),
         lambda: books.settle(entry(key)).result(10),
     ):

@@ -88,7 +88,8 @@ def test_of_what_failed_the_log_has_more_and_the_device_keeps_nothing(
         kept.append(weakref.ref(row))
         raise ZeroDivisionError("no step")
 
-    def fails(*_: object) -> Picture:
+    def fails(model: str, request: Request) -> Picture:
+        kept.append(weakref.ref(request))
         try:
             stage()
         except ZeroDivisionError as error:
@@ -101,9 +102,10 @@ def test_of_what_failed_the_log_has_more_and_the_device_keeps_nothing(
     assert begun.headers["x-request-id"] in caplog.text
     assert "ZeroDivisionError: no step" in caplog.text
     kept.append(weakref.ref(engine.futures.pop()))
+    engine.jobs.clear()
     caplog.clear()
     gc.collect()
-    assert [ref() for ref in kept] == [None, None]
+    assert [ref() for ref in kept] == [None, None, None]
 
 
 def test_put_again_when_it_is_made_has_it_at_once(client: TestClient, engine: FakeEngine, ledger: Ledger) -> None:

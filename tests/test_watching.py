@@ -4,6 +4,8 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 from conftest import HEADERS, KEY, SPARK, Blank, FakeEngine, Loads, body, wait_until
@@ -15,6 +17,7 @@ from fulgurite.engine import Engine, Runner, Stages
 from fulgurite.errors import BusyError
 from fulgurite.ledger import Ledger
 from fulgurite.pipeline import Row
+from fulgurite.records import Answer, Entry
 from fulgurite.server import JSONLines, metrics
 
 
@@ -50,6 +53,30 @@ def test_pictures_steps_money_and_errors_are_counted(client: TestClient, engine:
     assert found["fulgurite_picture_seconds_sum", "computed"] == pytest.approx(0.2)
     assert found["fulgurite_picture_seconds_count", "encoded"] == 2
     assert found["fulgurite_engine_queued",] == 0
+
+
+def test_what_the_ledger_refuses_is_counted_as_it_has_it(
+    client: TestClient, ledger: Ledger, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another_was_first(entry: Entry, answer: Answer | None = None) -> Future[Answer | None]:
+        settle(replace(entry, request_id="another"), replace(answer, id="another", body_hash="") if answer else None)
+        return settle(entry, answer)
+
+    def credit_is_spent(entry: Entry, answer: Answer | None = None) -> Future[Answer | None]:
+        with ledger._engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE keys SET credit = 0")
+        return settle(replace(entry, price=1), answer)
+
+    settle = ledger.settle
+    for happens, status in ((another_was_first, 409), (credit_is_spent, 402)):
+        monkeypatch.setattr(ledger, "settle", happens)
+        assert client.post("/api/v1", json=body(), headers={"Idempotency-Key": "once"}).status_code == status
+        with ledger._engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM answers")
+    found = samples(client)
+    refused = [entry for entry in ledger.entries() if entry.outcome == "refused"]
+    assert found["fulgurite_pictures_total", SPARK, "refused"] == len(refused) == 2
+    assert ("fulgurite_pictures_total", SPARK, "done") not in found
 
 
 def test_a_cluster_s_replicas_are_told(client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

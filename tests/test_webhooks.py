@@ -279,6 +279,20 @@ def test_urls_that_there_are(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     webhooks.pin(httpx.Request("POST", url), "93.184.216.34")
 
 
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: answers.wait(20) and [])
+    monkeypatch.setattr(webhooks, "LOOKUP_SECONDS", 0.05)
+
+    async def checked() -> None:
+        waiting = webhooks.Webhooks(read_settings())
+        await asyncio.gather(*(waiting.check("https://silent.example/") for _ in range(9)))
+        answers.set()
+        await waiting.close()
+
+    asyncio.run(checked())
+
+
 @pytest.mark.parametrize("url", ["https://ann:hush@example.com/", "http://ann@example.com", "http://a:@my_app:5000/"])
 def test_a_user_in_a_url_is_refused_with_the_reason(client: TestClient, url: str) -> None:
     answer = client.post("/api/v1/predictions", json=body() | {"webhook": url})

@@ -127,17 +127,27 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
     lasting = LASTING if "seed" not in data else LASTING | OF_THE_SEED
     tries = 0
     while True:
-        came = yield httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
+        request = httpx.Request("POST", url, json=body, headers=headers, extensions=extensions)
+        came = yield request
         if isinstance(came, httpx.Response) and came.is_success:
             try:
                 return drawn(came)
             except ValueError as error:
                 came = httpx.RemoteProtocolError(f"the answer has a malformed header: {error}")
         failed = failure(came, url)
+        if isinstance(came, httpx.ReadTimeout) and not on_step:
+            raise too_slow(request)
         if tries >= retries or failed.status not in PASSING or failed.code in lasting:
             raise failed
         yield pause(came, tries)
         tries += 1
+
+
+def too_slow(request: httpx.Request) -> APIError:
+    """Of an answer that was waited for in vain: the server stops what nobody waits for, so a retry begins anew."""
+    seconds = request.extensions["timeout"]["read"]
+    message = f"{request.url} did not answer within {seconds:g} s. Give the client a longer timeout, or an on_step"
+    return APIError(f"{message}: then it hears that work goes on, and waits.", code="timeout")
 
 
 def pause(came: httpx.Response | httpx.TransportError | None, tries: int) -> float:
@@ -237,7 +247,8 @@ class Client:
     the whole: every event, and every comment that keeps the stream alive, is waited for anew.
 
     A request that failed on its way, or that the server could not take now, is sent again up to ``retries`` times
-    with the same idempotency key: the picture is made once and billed once.
+    with the same idempotency key: the picture is made once and billed once. One that was not answered in time is not:
+    the server would begin anew.
 
     Raises ValueError where ``url`` is no address, or ``key`` no key.
     """

@@ -75,7 +75,7 @@ class Settings(BaseModel):
     keep_seconds: int = Field(86_400, ge=60, le=30 * 86_400)  # how long answers are kept for retries
     host: str = Field("127.0.0.1", min_length=1)  # an empty one would be every interface
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
-    cards: Path | None = None  # a folder with the cards of your own models; docs/training.md
+    cards: Path | None = None  # a folder with the cards of your own models; docs/cards.md
     models: tuple[str, ...] = ()  # ids served, separated by commas; none: all there are
     fast_decoder: tuple[str, ...] = ()  # ids whose fast decoder is used unless a request says not
     warm: tuple[str, ...] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers

@@ -33,6 +33,9 @@ class Job(Future[Picture]):
         self.steps_told = 0
         self.drawing: Future[None] | None = None  # what waits for it, on the cluster's thread
 
+    def running(self) -> bool:
+        return self.place.begun and not self.done()
+
 
 class ClusterEngine:
     """Takes jobs from any thread and has replicas draw them; Ray chooses which, the less busy of any two.

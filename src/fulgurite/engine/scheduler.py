@@ -172,7 +172,7 @@ class Scheduler:
     def ran(self, work: Work, moved: list[Task], seconds: float, capacity: int) -> None:
         """Tells what was done: which tasks a stage moved on, how long it took, and the rows a step may have.
 
-        Only tasks that are still held move; an encoded one is begun, a stepped one has a step less.
+        An encoded one is begun, a stepped one has a step less.
         """
         queue = self._queues.get(work.group) or self._empty.get(work.group)
         if queue is None:

@@ -30,7 +30,7 @@ def connect(url: str, make: bool = True) -> Engine:
         parsed = with_driver(make_url(url))
         if not make:
             check_is_there(parsed)
-        engine = on_sqlite(parsed) if parsed.drivername == "sqlite" else create_engine(parsed, pool_pre_ping=True)
+        engine = on_sqlite(parsed) if parsed.drivername == "sqlite" else on_postgresql(parsed)
     except (ArgumentError, ValueError):  # of a port that is no number
         raise LedgerError(
             "FULGURITE_LEDGER is not a database's URL, such as postgresql://USER:PASSWORD@HOST/NAME."
@@ -95,6 +95,15 @@ def on_sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def on_postgresql(url: URL) -> Engine:
+    # libpq's: a host that is gone without a word is noticed in seconds, where TCP would wait for a quarter of an hour.
+    patience = {"connect_timeout": 10, "tcp_user_timeout": 10_000}
+    patience |= {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2}
+    args = {name: value for name, value in patience.items() if name not in url.query}
+    # Threads that ask are few and fixed in number, so that each may have a connection instead of waiting for one.
+    return create_engine(url, connect_args=args, pool_pre_ping=True, max_overflow=-1)
 
 
 def log_ahead(connection: sqlite3.Connection) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Engine, Row, insert, select, update
 
-from fulgurite.errors import UnknownKeyError
+from fulgurite.errors import LedgerError, UnknownKeyError
 from fulgurite.ledger.tables import keys
 from fulgurite.records import UNLIMITED, Key, Limits, now
 
@@ -63,11 +63,20 @@ class Keys:
         return as_key(row)
 
     def set_from_environment(self, secret: str | None) -> None:
-        """Lets the operator's own secret in as a key named "environment", and no earlier one of that name."""
+        """Lets the operator's own secret in as a key named "environment", and no earlier one of that name.
+
+        Where it is the secret of another key, that is the key; raises LedgerError where it opens nothing any more.
+        """
         key = Key(FROM_ENVIRONMENT, FROM_ENVIRONMENT, "", False, UNLIMITED, 0, now(), None)
         with self._engine.begin() as connection:
             known = connection.execute(select(keys.c.id).where(keys.c.id == FROM_ENVIRONMENT)).first()
-            if secret is None:
+            same = keys.c.hash == hashed(secret or ""), keys.c.id != FROM_ENVIRONMENT
+            other = connection.execute(select(keys).where(*same)).one_or_none()
+            if other and (state := as_key(other).state()) != "active":
+                raise LedgerError(
+                    f"FULGURITE_API_KEY is the secret of the key {other.id}, which is {state}: set another."
+                )
+            if secret is None or other:
                 unset = update(keys).where(keys.c.id == FROM_ENVIRONMENT, keys.c.revoked_at.is_(None))
                 connection.execute(unset.values(revoked_at=now()))
             elif known:

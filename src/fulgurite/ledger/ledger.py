@@ -66,10 +66,10 @@ class Ledger:
         self._waiting.put(settlement)
         return settlement
 
-    def answer(self, key_id: str, *, id: str | None = None, idempotency_key: str | None = None) -> Answer | None:
-        """The answer that a key was given, by its id or its idempotency key; None where none is kept (any more)."""
-        named = answers.c.id == id if id is not None else answers.c.idempotency_key == idempotency_key
-        wanted = select(answers).where(answers.c.key_id == key_id, named, answers.c.expires_at > now())
+    def answer(self, key_id: str, idempotency_key: str) -> Answer | None:
+        """The answer that a key was given under its idempotency key; None where none is kept (any more)."""
+        named = answers.c.key_id == key_id, answers.c.idempotency_key == idempotency_key
+        wanted = select(answers).where(*named, answers.c.expires_at > now())
         with self._reading.begin() as connection:
             row = connection.execute(wanted).one_or_none()
         return as_answer(row) if row else None
@@ -176,9 +176,16 @@ class Ledger:
             connection.execute(insert(entries), [vars(entry) | {"seed": str(entry.seed)} for entry, _ in ends])
             return [result for _, result in ends]
 
+    def _is_written(self, entry: Entry) -> bool:
+        same = [entries.c[name] == getattr(entry, name) for name in ("request_id", "key_id", "at", "outcome", "price")]
+        with self._reading.begin() as connection:
+            return connection.execute(select(entries.c.request_id).where(*same)).first() is not None
+
     def _commit_alone(self, settlement: Settlement) -> None:
         try:
-            [result] = self._commit([settlement])
+            # Where the connection was lost in the middle of a commit, that may have been done all the same.
+            done = self._is_written(settlement.entry)
+            [result] = [settlement.answer] if done else self._commit([settlement])
         except Exception as error:
             self._not_written = len(settlement.answer.content) if settlement.answer else 0
             settlement.set_exception(error)

@@ -4,7 +4,7 @@ import asyncio
 from datetime import date, datetime
 from typing import Annotated, Any, Self
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Path, Query
 from fastapi import Request as HTTPRequest
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -15,6 +15,8 @@ from fulgurite.server.problems import Problem, error_responses
 from fulgurite.server.service import Service
 
 LAST_YEAR = 3000  # which every system's calendar reaches, in any time zone
+NO_NUL = r"^[^\x00]*$"  # which PostgreSQL's texts cannot hold
+KeyId = Annotated[str, Path(pattern=NO_NUL)]
 
 
 class Text(BaseModel):
@@ -34,7 +36,7 @@ class NewKey(Text):
 
     model_config = ConfigDict(strict=True)
 
-    name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$", description="For people: whose key it is.")
+    name: str = Field(min_length=1, max_length=200, pattern=NO_NUL, description="For people: whose key it is.")
     admin: bool = Field(False, description="It may manage keys, and see everyone's usage.")
     expires_at: Annotated[AwareDatetime, AfterValidator(expiry)] | None = None
     models: tuple[str, ...] | None = Field(None, max_length=100)
@@ -48,7 +50,7 @@ class UsageAsked(Text):
 
     since: date | None = Field(None, description="The first day (UTC); else 30 days ago.")
     until: date | None = Field(None, description="The last day; else today.")
-    key: str | None = Field(None, max_length=40, description="One key's; else all that may be seen.")
+    key: str | None = Field(None, max_length=40, pattern=NO_NUL, description="One key's; else all that may be seen.")
 
 
 class KeyShown(Text):
@@ -150,7 +152,7 @@ def add_accounts(app: FastAPI, service: Service) -> None:
     @app.delete(
         "/api/v1/admin/keys/{key_id}", responses=error_responses(401, 403, 404, 422, 503), dependencies=[BEARER]
     )
-    async def revoke_key(http: HTTPRequest, key_id: str) -> KeyShown:
+    async def revoke_key(http: HTTPRequest, key_id: KeyId) -> KeyShown:
         """Ends a key for good; within a second every server refuses it."""
         await service.admin(http)
         return KeyShown.of(await asyncio.to_thread(keys.revoke, key_id))
@@ -158,7 +160,7 @@ def add_accounts(app: FastAPI, service: Service) -> None:
     @app.post(
         "/api/v1/admin/keys/{key_id}/rotate", responses=error_responses(401, 403, 404, 422, 503), dependencies=[BEARER]
     )
-    async def rotate_key(http: HTTPRequest, key_id: str) -> KeyMade:
+    async def rotate_key(http: HTTPRequest, key_id: KeyId) -> KeyMade:
         """Gives a key another secret, shown this once; limits and spending stay."""
         await service.admin(http)
         key, secret = await asyncio.to_thread(keys.rotate, key_id)

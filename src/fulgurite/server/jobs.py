@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from fulgurite.errors import BusyError, FulguriteError
+from fulgurite.errors import BusyError, CreditSpentError, FulguriteError
 from fulgurite.picture_file import file_bytes, preview_bytes
 from fulgurite.records import Answer, Entry, Key, Outcome, dollars, now
 from fulgurite.request import Picture, Preview, Request
@@ -129,8 +129,7 @@ class Jobs:
         """The answer of an earlier request with the same idempotency key. Raises Problem (409)."""
         if order.idempotency_key is None:
             return None
-        find = self._ledger.answer
-        found = await asyncio.to_thread(find, order.key.id, idempotency_key=order.idempotency_key)
+        found = await asyncio.to_thread(self._ledger.answer, order.key.id, order.idempotency_key)
         return replayed(found, order) if found else None
 
     async def refuse_reuse(self, order: Order) -> None:
@@ -227,14 +226,17 @@ class Jobs:
             content,
             now() + self._keep,
         )
-        if order.idempotency_key is None:
-            await asyncio.wrap_future(self._ledger.settle(entry))
+        refused = replace(entry, price=0, outcome="refused")  # as the ledger then has it
+        try:
+            given = await asyncio.wrap_future(self._ledger.settle(entry, answer if order.idempotency_key else None))
+        except CreditSpentError:
+            self._metrics.picture(refused)
+            raise
+        if given is None or given is answer:
             self._metrics.picture(entry)
             return answer
-        given = await asyncio.wrap_future(self._ledger.settle(entry, answer))
-        if given is answer or given is None:
-            self._metrics.picture(entry)
-        return answer if given is answer or given is None else replayed(given, order)
+        self._metrics.picture(refused)  # another server was first with its idempotency key
+        return replayed(given, order)
 
     async def _record(self, order: Order, how: Outcome, seconds: float) -> None:
         """A picture that was not made."""

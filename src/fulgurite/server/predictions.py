@@ -54,7 +54,7 @@ class PredictionShown(BaseModel):
 class Prediction:
     """One that is not known to have succeeded."""
 
-    job: Job
+    job: Job | None  # while it is being made
     answer: "asyncio.Task[Answer]"
     cancelled: bool = False
     webhooks: set[str] = field(default_factory=set)  # that are told of its end
@@ -67,7 +67,7 @@ class Prediction:
     def status(self) -> Literal["starting", "processing", "failed", "canceled"]:
         if self.answer.done():
             return "canceled" if self.cancelled else "failed"
-        return "processing" if self.job.future and self.job.future.running() else "starting"
+        return "processing" if self.job and self.job.future and self.job.future.running() else "starting"
 
 
 class Predictions:
@@ -123,24 +123,23 @@ class Predictions:
             return prediction.found()
         answer = None
         if re.fullmatch(ID_PATTERN, id):
-            find = self._service.ledger.answer
-            answer = await asyncio.to_thread(find, key.id, idempotency_key=reserved_key(id))
+            answer = await asyncio.to_thread(self._service.ledger.answer, key.id, reserved_key(id))
         if answer is None:
             raise Problem(404, "unknown_prediction", "There is no such prediction, or it is kept no longer.", "id")
         return answer
 
     def cancel(self, prediction: Prediction) -> None:
-        if not prediction.answer.done():
+        if prediction.job and not prediction.answer.done():
             prediction.cancelled = True
             self._service.jobs.abandon(prediction.job)
 
     def _ended(self, name: tuple[str, str], prediction: Prediction, task: "asyncio.Task[Answer]") -> None:
+        job, prediction.job = prediction.job, None
         if task.cancelled():
             return
         if error := task.exception():
-            logged(error, prediction.job.order.id)
-            # Kept for its words alone: an error's frames, and the engine's future, may hold what the device had of it.
-            prediction.job.future = None
+            logged(error, job.order.id if job else "")
+            # Kept for its words alone: its frames, as its job, may hold long prompts and what the device had of it.
             forget_frames(error)
         elif self._known.get(name) is prediction:
             del self._known[name]  # the ledger has it

@@ -76,7 +76,7 @@ class Ledger(Protocol):
         in LedgerError.
         """
 
-    def answer(self, key_id: str, *, id: str | None = None, idempotency_key: str | None = None) -> Answer | None:
+    def answer(self, key_id: str, idempotency_key: str) -> Answer | None:
         """An answer that was kept. May wait for a database."""
 
     def usage(self, since: datetime, until: datetime, key_id: str | None = None) -> list[Usage]:

@@ -13,9 +13,12 @@ import os
 import re
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
@@ -31,6 +34,7 @@ PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|65
 URL_PATTERN = rf"^[Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9_][A-Za-z0-9._-]*(:({PORT}))?([/?#][!-~]*)?$"
 DELAYS = (0.0, 2.0, 10.0, 60.0, 300.0)  # seconds before each try
 TIMEOUT = 10.0  # seconds for a receiver to answer
+LOOKUP_SECONDS = 5.0  # for its name to be found
 LAST_SECONDS = 5.0  # that those on their way are given when the server stops
 
 
@@ -39,6 +43,8 @@ class Webhooks:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        # Its own threads: a name server that does not answer holds up webhooks alone.
+        self._lookups = ThreadPoolExecutor(4, "lookup")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def secret_of(self, key_id: str) -> str:
@@ -60,9 +66,11 @@ class Webhooks:
 
     async def _addresses(self, url: str) -> list[str]:
         """Where a URL's host is now: nowhere, perhaps. Raises Problem (403) if it may not be there."""
+        look_up = partial(socket.getaddrinfo, urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
+            async with asyncio.timeout(LOOKUP_SECONDS):
+                found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+        except (OSError, UnicodeError):  # TimeoutError is an OSError
             return []
         addresses = [str(address[4][0]) for address in found]
         if not (self._settings.webhook_private or all(ipaddress.ip_address(each).is_global for each in addresses)):
@@ -82,7 +90,10 @@ class Webhooks:
     async def _deliver(self, url: str, key_id: str, told: Callable[[], Awaitable[tuple[str, bytes]]]) -> None:
         id, body = await told()
         why = ""
-        async with httpx.AsyncClient(timeout=TIMEOUT, follow_redirects=False, trust_env=False) as client:
+        trusted = await asyncio.to_thread(certificates)
+        async with httpx.AsyncClient(
+            verify=trusted, timeout=TIMEOUT, follow_redirects=False, trust_env=False
+        ) as client:
             for number, delay in enumerate(DELAYS, 1):
                 await asyncio.sleep(delay)
                 try:
@@ -117,6 +128,13 @@ class Webhooks:
             for task in late:
                 task.cancel()
                 log.warning("webhook for %s not delivered: the server stopped first", task.get_name())
+        self._lookups.shutdown(wait=False)
+
+
+@cache
+def certificates() -> ssl.SSLContext:
+    """What receivers are trusted by, read once: that takes tens of milliseconds."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def check_secret(settings: Settings) -> None:
