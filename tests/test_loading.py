@@ -1,6 +1,7 @@
 """What the engine keeps: checkpoints within a budget, batch sizes that are proven, encoded prompts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import small_sdxl as small
 import torch
 from conftest import LIGHTNING, PRECISIONS, needs_weights
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fulgurite import Pipeline
@@ -23,6 +25,7 @@ from fulgurite.models import UNet
 from fulgurite.pipeline import usual_dtype
 from fulgurite.settings import read_settings
 from fulgurite.weights import Networks, load
+from fulgurite.weights.networks import Base
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
 ONE = published_bytes(card(LIGHTNING).unet, torch.float16)
@@ -72,7 +75,7 @@ class Kept:
     """A loaded pipeline without weights: its steps, and of which base its UNet is a LoRA."""
 
     def __init__(self, model: str, steps: int, like: Networks | None, base: torch.Tensor | None, size: int) -> None:
-        shared = {"w": base} if base is not None else None
+        shared = Base(Path("unet"), {"w": base}) if base is not None else None
         if like and like.base:
             shared = like.base
         self.card, self.steps, self.like = card(model), steps, like
@@ -157,6 +160,24 @@ def test_what_loras_change_stays_beside_them_if_there_is_room(
     assert (kept[-1].networks.base is not None) == has_base
     loader.drop_others(LIGHTNING, 4)
     assert kept[-1].networks.base is None
+
+
+def test_a_lora_is_never_merged_into_another_checkpoint(tmp_path: Path) -> None:
+    """A card may have a UNet for each number of steps and one LoRA for them all."""
+    folder = small.saved_pipeline(tmp_path)
+    [file] = (folder / "unet").glob("*.safetensors")
+    unets = {"4": str(file), "8": str(tmp_path / "eight.safetensors")}
+    eight = {name: tensor + 1 for name, tensor in load_file(file).items()}
+    save_file(eight, unets["8"])
+    down, up = (f"unet.mid_block.attentions.0.proj_in.lora_{side}.weight" for side in "AB")
+    width = eight["mid_block.attentions.0.proj_in.weight"].shape[0]
+    save_file({down: torch.ones(1, width), up: torch.ones(width, 1)}, tmp_path / "style.safetensors")
+    of_model = small.local_card(folder, lora_file=tmp_path / "style.safetensors")
+    of_model = replace(of_model, weights=replace(of_model.weights, unets=unets))
+    four = load.load_networks(of_model, 4, "cpu", torch.float32)
+    again = load.load_networks(of_model, 8, "cpu", torch.float32, like=four)
+    assert torch.equal(again.unet.state_dict()["conv_in.bias"], eight["conv_in.bias"])
+    assert load.load_networks(of_model, 8, "cpu", torch.float32, like=again).base is again.base
 
 
 @needs_weights

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import small_sdxl as small
 import torch
+from conftest import SPARK, needs_weights
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
-from fulgurite.cards import Card
-from fulgurite.pipeline import Pipeline
+from fulgurite.cards import Card, card
+from fulgurite.errors import RequestError
+from fulgurite.pipeline import Pipeline, as_large_as_asked
 from fulgurite.sampling import starting_noise
 from fulgurite.weights import load_networks
 
@@ -50,6 +53,22 @@ def assert_alike(found: np.ndarray, wanted: np.ndarray) -> None:
     """Within a rounding of 8 bits and what float32 leaves; of pictures that are not plain."""
     assert wanted.std() > 0.02
     assert np.abs(found - wanted).max() < 1 / 255
+
+
+@needs_weights
+def test_a_pipeline_draws_with_the_schedule_that_it_was_loaded_for():
+    draw = Pipeline.load("fulgurite/spark-lightning", steps=5)
+    assert draw("a red fox", seed=SEED).steps == 4
+    with pytest.raises(RequestError, match="needs at least 4"):
+        draw("a red fox", num_steps=2)
+
+
+@pytest.mark.parametrize("side", [56, 104, 112])
+def test_a_native_picture_covers_every_size(side):
+    """Rounding makes what is cut out of some sizes' pictures larger than the picture, by a hair."""
+    of_model, image = replace(card(SPARK), native_shapes=((side, side),)), Image.new("RGB", (side, side))
+    for asked in range(side + 1, side + 40):
+        assert as_large_as_asked(image, asked, asked, of_model).size == (asked, asked)
 
 
 def test_a_distilled_model_draws_what_diffusers_draws(folder, oracle):

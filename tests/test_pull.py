@@ -184,6 +184,13 @@ def test_several_schedules_share_what_they_have_in_common(server):
         assert (load_networks(CARD, steps, "cpu", torch.float32).unet.conv_in.bias == i).all()
 
 
+def test_files_of_one_name_in_two_repositories_are_two_files(server):
+    """As where somebody's UNet lies at its repository's root, where the VAE's does too."""
+    alike = replace(CARD, weights=replace(CARD.weights, unets={"4": hub.VAE}, distilled=CARD.weights.vae))
+    hub.pull(alike, (4,), progress=False)
+    assert hub.cached_files(alike, 4).unet == hub.cached_files(alike, 4).vae
+
+
 def test_what_is_pulled_needs_no_network_again(server):
     pull(4)
     server.status = 500

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ class Pipeline:
         eight_bits: bool = False,
         like: Networks | None = None,
     ) -> "Pipeline":
-        """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``.
+        """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``: it has that alone.
 
         Without a ``dtype`` it is the device's usual one. With ``eight_bits`` large layers are, which is less exact: on
         a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. The text encoders and
@@ -86,7 +86,10 @@ class Pipeline:
         NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device, eight_bits)
-        networks = load_networks(of_model, of_model.steps_for(steps), device, dtype, like)
+        steps = of_model.steps_for(steps)
+        networks = load_networks(of_model, steps, device, dtype, like)
+        if of_model.schedules:
+            of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)
         pipeline.accelerate(eight_bits)
         return pipeline
@@ -365,6 +368,7 @@ def as_large_as_asked(image: Image.Image, width: int, height: int, card: Card) -
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
-    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-    box = (left, top, left + width / scale, top + height / scale)
+    shown = min(width / scale, image.width), min(height / scale, image.height)  # which rounding may make larger
+    left, top = (image.width - shown[0]) / 2, (image.height - shown[1]) / 2
+    box = (left, top, left + shown[0], top + shown[1])
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)

@@ -22,9 +22,9 @@ class Schedule:
         return Schedule(self.timesteps.to(device), self.sigmas.to(device))
 
 
-def train_sigmas(beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+def train_sigmas() -> Tensor:
     """Sigma at each of the 1000 training timesteps, ``[1000]``: Stable Diffusion's "scaled linear" betas."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     return ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -58,6 +59,16 @@ class Weights:
     tokenizers: str = ""  # the folder that holds tokenizer/ and tokenizer_2/; needed with a single file
 
 
+# What would be passed over, by the source of the weights.
+ELSEWHERE = "vae", "fast_decoder", "distilled"
+INSTEAD = "unet_file", "vae_file", "fast_decoder_file", "tokenizers"
+NOT_READ = {
+    "hub": ("path", "lora_file", *INSTEAD),
+    "embedded": ("base", "unets", *ELSEWHERE, *INSTEAD),
+    "local": ELSEWHERE,
+}
+
+
 def for_a_path(model: str) -> str:
     """A model's id, checked to be its page's address as it is."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", model, re.ASCII):
@@ -90,9 +101,8 @@ class Card:
     prediction: Annotated[str, Field(pattern="^(epsilon|v|x0)$")]
     guidance_strength: float  # what the API's 7.5 stands for, where guidance is computed at all
     native_shapes: tuple[tuple[PositiveInt, PositiveInt], ...]  # width, height; empty: any size
-    preview_rgb: tuple[
-        tuple[float, ...], ...
-    ]  # a latent channel's red, green, blue a row, last what is added; or empty
+    # A latent channel's red, green, blue a row, last what is added; or empty.
+    preview_rgb: tuple[tuple[float, float, float], ...]
     unet: UNetConfig
     vae: VAEConfig
     text_encoders: tuple[CLIPTextConfig, CLIPTextConfig]
@@ -138,6 +148,7 @@ def parse(text: str) -> Card:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
+        name = name.replace("text_encoders.0", "text_encoder").replace("text_encoders.1", "text_encoder_2")
         given = "" if first["type"] == "missing" else f" = {first['input']!r}"
         raise ValueError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None
 
@@ -148,9 +159,34 @@ def consistent(of_model: Card) -> Card:
     for width, height in of_model.native_shapes:
         if width % cell or height % cell:
             raise ValueError(f"native_shapes: {width}x{height} is not whole latents: its VAE takes multiples of {cell}")
-    if of_model.weights.source == "local" and not of_model.weights.path:
+    weights, found = of_model.weights, vars(of_model.weights)
+    if weights.source == "local" and not weights.path:
         raise ValueError("weights.path: it is empty, and should name the folder or the single file of the weights")
+    if unread := [name for name in NOT_READ[weights.source] if found[name]]:
+        raise ValueError(f"weights.{unread[0]}: a model whose source is {weights.source!r} has none")
+    for name, number, wanted in numbers_that_agree(of_model):
+        if number != wanted:
+            raise ValueError(f"{name}: {number}, where the other networks' sizes need {wanted}")
     return of_model
+
+
+def numbers_that_agree(of_model: Card) -> Iterator[tuple[str, int, int | None]]:
+    """Sizes of one network that another's determine: their names, what they are and what they should be."""
+    unet, vae, fast, (first, second) = of_model.unet, of_model.vae, of_model.fast_decoder, of_model.text_encoders
+    levels = len(unet.block_out_channels)
+    yield "unet.cross_attention_dim", unet.cross_attention_dim, first.hidden_size + second.hidden_size
+    yield "unet.pooled_dim", unet.pooled_dim, second.projection_dim
+    yield "unet.in_channels", unet.in_channels, vae.latent_channels
+    yield "unet.out_channels", unet.out_channels, vae.latent_channels
+    yield "numbers in unet.transformer_layers_per_block", len(unet.transformer_layers_per_block), levels
+    positions = "text_encoder_2.max_position_embeddings", second.max_position_embeddings
+    yield *positions, first.max_position_embeddings
+    if of_model.preview_rgb:
+        yield "rows of preview_rgb", len(of_model.preview_rgb), vae.latent_channels + 1
+    if fast:
+        yield "fast_decoder.latent_channels", fast.latent_channels, vae.latent_channels
+        yield "numbers in fast_decoder.block_out_channels", len(fast.block_out_channels), len(vae.block_out_channels)
+        yield "numbers in fast_decoder.num_blocks", len(fast.num_blocks), len(vae.block_out_channels)
 
 
 @cache

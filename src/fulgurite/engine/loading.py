@@ -179,7 +179,7 @@ class Loader:
 
     def _bytes(self) -> int:
         """Of the UNets and what they are LoRAs on. On a CPU that is the file itself, mapped: no memory of ours."""
-        bases = {id(kept.networks.base): kept.networks.base or {} for kept in self._loaded.values()}
+        bases = {id(base): base.tensors for kept in self._loaded.values() if (base := kept.networks.base)}
         tensors = [tensor for base in bases.values() for tensor in base.values() if tensor.device.type != "cpu"]
         unets = sum(held_bytes(kept.networks.unet) for kept in self._loaded.values())
         return unets + sum(tensor.nbytes for tensor in tensors)

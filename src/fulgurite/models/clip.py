@@ -6,6 +6,7 @@ published checkpoints load as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class CLIPTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"  # or "gelu"
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     projection_dim: int | None = None  # None: no text_projection, as in SDXL's first encoder
     eos_token_id: int = 49407
 

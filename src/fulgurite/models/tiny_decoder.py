@@ -21,11 +21,6 @@ class TinyDecoderConfig:
     block_out_channels: tuple[int, ...] = (64, 64, 64, 64)  # each twice the resolution of the one before
     num_blocks: tuple[int, ...] = (3, 3, 3, 1)
 
-    @property
-    def upscale(self) -> int:
-        """Pixels per side of one latent pixel."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
 
 class Block(nn.Module):
     """Three convolutions and what they started from."""

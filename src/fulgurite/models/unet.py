@@ -32,11 +32,6 @@ class UNetConfig:
     pooled_dim: int = 1280  # of the pooled prompt state
     norm_num_groups: int = 32
 
-    @property
-    def downscale(self) -> int:
-        """Latent pixels per side of one cell at the lowest resolution."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
 
 @dataclass(frozen=True)
 class AttentionGuidance:
@@ -315,7 +310,7 @@ class UNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The way down and through the middle: its features, what the way up takes from it, and the blocks' embedding.
 
-        The arguments are those of ``forward``, the features ``[B, widest, h / downscale, w / downscale]``.
+        The arguments are those of ``forward``, the features of the lowest resolution.
         """
         dtype = x.dtype
         embedding = self.time_embedding(sinusoidal_embedding(timestep, self.config.block_out_channels[0]).to(dtype))

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from fulgurite.cards import parse
+from fulgurite.errors import FulguriteError
 from fulgurite.training.distil import existing, student_file
 from fulgurite.weights.files import Files, folder_files
 
@@ -60,7 +61,10 @@ def as_toml(value: str | list[int]) -> str:
 
 
 def weights_table(folder: Path, unet: Path, students: Mapping[int, Files]) -> str:
-    """The card's table of weights: whole UNets, small changes, or those alone that all steps share."""
+    """The card's table of weights: whole UNets, small changes, or those alone that all steps share.
+
+    Raises FulguriteError where all steps share one and some step has a whole UNet, which that would change too.
+    """
 
     def line(key: object, path: Path) -> str:
         return f"{key} = {as_toml(os.path.relpath(path, folder))}"
@@ -69,6 +73,9 @@ def weights_table(folder: Path, unet: Path, students: Mapping[int, Files]) -> st
     changes = {n: files.loras for n, files in students.items() if files.loras}
     shared = {loras[0] for loras in changes.values() if loras[0].stem.startswith("guided")}
     own = {n: loras[-1] for n, loras in changes.items() if loras[-1] not in shared}
+    if shared and wholes:
+        steps = ", ".join(map(str, wholes))
+        raise FulguriteError(f"No card can have both: move {min(shared)} away, or the whole UNet of {steps} steps.")
     lines = ["[weights]", 'source = "local"', line("path", unet.parent.parent)]
     lines += [line("lora_file", path) for path in shared]
     for key, paths in {"unets": wholes, "loras": own}.items():

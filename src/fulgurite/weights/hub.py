@@ -81,14 +81,15 @@ def cached_files(card: Card, steps: int) -> Files:
         if str(steps) not in (card.weights.loras if use_lora else card.weights.unets):
             continue
         wanted = needed(card, [steps], use_lora)
-        found = {file.name: path for file in wanted if (path := file.cached())}
-        if len(found) == len(wanted):
-            lightning = found[wanted[-1].name]
+        paths = [path for file in wanted if (path := file.cached())]
+        if len(paths) == len(wanted):
+            *of_base, vae, lightning = paths
+            found = dict(zip((*TOKENIZERS, *TEXT_ENCODERS, BASE_UNET), of_base, strict=False))
             return Files(
                 tokenizers=(found[TOKENIZERS[0]].parent, found[TOKENIZERS[3]].parent),
                 text_encoders=(found[TEXT_ENCODERS[0]], found[TEXT_ENCODERS[1]]),
                 unet=found[BASE_UNET] if use_lora else lightning,
-                vae=found[VAE],
+                vae=vae,
                 loras=(lightning,) if use_lora else (),
                 fast_decoder=next((file.cached() for file in fast_decoder(card)), None),
             )

@@ -16,7 +16,7 @@ from fulgurite.models import VAE, CLIPTextConfig, CLIPTextEncoder, TinyDecoder, 
 from fulgurite.weights import hub, lora, original
 from fulgurite.weights.files import Files, folder_files, read, tokenizer_folders
 from fulgurite.weights.fit import filled, fitted
-from fulgurite.weights.networks import Networks
+from fulgurite.weights.networks import Base, Networks
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -83,10 +83,11 @@ def locate(card: Card, steps: int) -> Files:
 
 def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
     """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
-    base = like.base if like and files.loras else None
+    base = None
     if files.loras:
-        base = base or {name: tensor.to(device) for name, tensor in unet_tensors(files.unet, card).items()}
-        unet = filled_unet(with_loras(base, files.loras, card, device, dtype), card, device, dtype)
+        base = like.base if like and like.base and like.base.file == files.unet else None
+        base = base or Base(files.unet, {name: t.to(device) for name, t in unet_tensors(files.unet, card).items()})
+        unet = filled_unet(with_loras(base.tensors, files.loras, card, device, dtype), card, device, dtype)
     else:
         unet = load_unet(files.unet, card, device, dtype)
     prediction = "x0" if files.predicts_x0 else card.prediction

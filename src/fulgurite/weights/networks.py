@@ -1,10 +1,19 @@
 """A model's networks, together."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from fulgurite.models import VAE, CLIPTextEncoder, TinyDecoder, Tokenizer, UNet
+
+
+@dataclass(frozen=True)
+class Base:
+    """A UNet that a LoRA was merged into, in its file's precision: for the next LoRA."""
+
+    file: Path
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -16,5 +25,5 @@ class Networks:
     unet: UNet
     vae: VAE
     prediction: str  # what the UNet predicts: "epsilon", "v" or "x0"
-    base: dict[str, Tensor] | None = None  # in its file's precision, what the UNet is a LoRA on: for the next LoRA
+    base: Base | None = None  # what the UNet is a LoRA on
     fast_decoder: TinyDecoder | None = None  # where the model has one, and it is on this machine
