@@ -79,6 +79,8 @@ class Process:
         self.way, self.rounds = way, Rounds()
         self._work, self._options, self._patience = work, options, patience
         self._connection: Connection | None = None
+        self.first: float | None = None  # seconds of its first picture, from its process's start
+        self.memory: int | None = None
 
     def begin(self) -> None:
         """Loads it all and draws the picture that is not counted."""

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite import Picture, Pipeline
-from fulgurite.benchmark import flop_counts, matrix_ceiling, peak_memory
+from fulgurite.benchmark import PICTURE, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
@@ -67,6 +68,7 @@ class Bench:
         self.cuda = device == "cuda"
         self.format = torch.contiguous_format  # of the UNet; the quicker one once that is known
         self.wrong_kernels: list[str] | None = None  # not looked at yet
+        self.kind = "graphs"  # what pictures are drawn by, once the kernels are found right with them too
 
     def step(self, name: str, unet: UNet, inputs: list[Tensor] | None = None, batch: int = 1) -> float:
         inputs = inputs or self.inputs(batch, unet)
@@ -124,10 +126,12 @@ class Bench:
         """In a process of its own, since a kernel that goes wrong may take its process's GPU with it; what failed."""
         program, folder = Path(__file__).with_name("gpu_kernels.py"), self.report.folder / "kernels"
         command = [sys.executable, program, "--out", folder, *options, *([] if self.cuda else ["--smoke"])]
+        kept = folder / "results.jsonl"
+        kept.unlink(missing_ok=True)  # an earlier run's would be taken for this one's
         ended = subprocess.run([*map(str, command)], timeout=min(240, self.report.seconds_left()))
         if ended.returncode not in (0, 1):
             raise RuntimeError(f"{program.name} ended with {ended.returncode}")
-        rows = map(json.loads, (folder / "results.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = map(json.loads, kept.read_text(encoding="utf-8").splitlines())
         return sorted(row["name"] for row in rows if "failed" in row)
 
     def need_kernels(self, *kinds: str) -> None:
@@ -139,7 +143,7 @@ class Bench:
         self.need_kernels("norms", "GEGLU")
         from fulgurite.kernels import cuda
 
-        unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
+        unet, vae, inputs = deepcopy(self.networks.unet), deepcopy(self.networks.vae), self.inputs()
         wanted = unet(*inputs), vae.decode(inputs[0])
         cuda.accelerate(unet)
         cuda.accelerate(vae)
@@ -147,6 +151,8 @@ class Bench:
         self.report.row("Triton kernels, relative error of the networks", step=errors[0], decode=errors[1])
         if not max(errors) < FAR:
             raise AssertionError("the networks differ on the kernels")
+        self.networks = self.pipeline.networks = replace(self.networks, unet=unet, vae=vae)
+        self.kind = "Triton and graphs"
         contiguous = self.step("step, Triton", unet)
         with in_format(unet, torch.channels_last, then=torch.contiguous_format):
             last = self.step("step, Triton, channels-last", unet)
@@ -184,10 +190,13 @@ class Bench:
             if graphs:
                 alike = [a.image.tobytes() == b.image.tobytes() for a, b in zip(draw(), wanted, strict=True)]
                 self.report.row(f"{name}, pictures as without graphs", all=all(alike))
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
             seconds = self.time(name, draw, repeats=FEW)
         finally:
             self.pipeline.networks = self.networks
-        self.report.row(f"{name}, throughput", pictures_a_second=batch / seconds)
+        memory = peak_memory(self.device)  # with all networks of this run that are still here
+        self.report.row(f"{name}, throughput", pictures_a_second=batch / seconds, peak_memory=memory)
 
     def float8(self) -> None:
         """The step's large linear layers in 8 bits, the rest in bfloat16, beside all in bfloat16; on the kernels.
@@ -271,6 +280,7 @@ class Bench:
         way.draw()
         found = [way.draw()[1] for _ in range(FEW)]
         middle = {part: 1000 * statistics.median(each[part] for each in found) for part in found[0]}
+        middle["to host pixels, as ours"] = middle[PICTURE] - middle["encode"]
         self.report.row(f"diffusers, {name}, 4 steps", **middle)
 
 
@@ -323,7 +333,8 @@ def measure_all(bench: Bench) -> None:
     pictures("eager", "", (1, 4), (1, 1))
     report.part("plain", bench.plain, needs=10)
     report.part("the kernels' own check", bench.check_kernels, needs=60)
-    kind = "Triton and graphs" if report.part("Triton kernels", bench.triton, needs=30) else "graphs"
+    report.part("Triton kernels", bench.triton, needs=30)
+    kind = bench.kind
     pictures(kind, "UNet", (1, 4), (1, 1))
     pictures(f"{kind}, of the decoder too", "all", (1, 4), (1, 1))
     against_targets(report)
@@ -341,7 +352,6 @@ def measure_all(bench: Bench) -> None:
     report.part("the kernels' times", partial(bench.run_kernels, "--times"), needs=90)
     options = {"channels_last": True, "compiled": True}
     report.part("diffusers, compiled", partial(bench.diffusers, "compiled", **options), needs=150)
-    report.row("peak memory", bytes=peak_memory(bench.device))
     against_targets(report)
 
 

@@ -121,6 +121,8 @@ def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> di
     stats = engine.stats()
     engine.close()
     load.latents.clear()
+    if stats["rows"] == stats["steps"]:
+        raise AssertionError("no picture shared a step, so nothing was compared")
     return found | {"steps": stats["steps"], "rows": stats["rows"], "errors": stats["failed"]}
 
 

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nonexistent"))
-# PostgreSQL refuses to run as root; its package brings a user.
-USER = "postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+
+
+def user() -> pwd.struct_passwd:
+    """Who runs it: PostgreSQL refuses root, and its package brings a user. Raises KeyError where there is none."""
+    return pwd.getpwuid(os.getuid()) if os.getuid() else pwd.getpwnam("postgres")
 
 
 def missing() -> str | None:
@@ -19,9 +22,9 @@ def missing() -> str | None:
     if not (BINARIES / "initdb").exists():
         return "PostgreSQL is not installed (Debian: apt-get install postgresql)"
     try:
-        pwd.getpwnam(USER)
+        user()
     except KeyError:
-        return f"there is no user {USER} to run PostgreSQL as"
+        return "there is no user to run PostgreSQL as"
     return None
 
 
@@ -29,11 +32,12 @@ def missing() -> str | None:
 def postgresql() -> Iterator[str]:
     """Runs it; gives a URL to which a database's name is added."""
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-    shutil.chown(folder, USER)
+    owner = user()
+    shutil.chown(folder, owner.pw_name)
 
     def run(*command: str) -> None:
         quiet = {"stdout": subprocess.DEVNULL, "cwd": folder}
-        as_user = {"user": USER, "group": pwd.getpwnam(USER).pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
+        as_user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
         subprocess.run([str(BINARIES / command[0]), *command[1:]], check=True, **quiet, **as_user)
 
     data = str(folder / "data")

@@ -43,6 +43,7 @@ def bench(
     pipeline = loader(model, steps)
     draw_in_parts(pipeline, request)
     found = [draw_in_parts(pipeline, request)[1] for _ in range(rounds)]
+    memory = peak_memory(pipeline.device)  # before the ceiling, whose matrices are large
     ceiling, to = matrix_ceiling(pipeline.device, pipeline.dtype), plan(pipeline.card, request)
     parts = measured(found, flop_counts(pipeline.card, request), ceiling)
     report = {
@@ -54,7 +55,7 @@ def bench(
         "device": str(pipeline.device),
         "rounds": rounds,
         "ceiling": ceiling,
-        "peak_memory": peak_memory(pipeline.device),
+        "peak_memory": memory,
         "parts": parts,
     }
     if price is not None:
