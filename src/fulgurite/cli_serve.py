@@ -38,7 +38,7 @@ def serve(
     demo: Annotated[
         bool | None, typer.Option("--demo", help="The small model that ships inside answers for SDXL-Lightning.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; auto: CUDA's GPU, else the CPU.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 (GPU); inexact: int8 (CPU), float8 (GPU); else auto.")
     ] = None,

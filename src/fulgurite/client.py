@@ -144,10 +144,10 @@ def exchange(url: str, key: str, retries: int, prompt: str, options: Options) ->
 
 
 def too_slow(request: httpx.Request) -> APIError:
-    """Of an answer that was waited for in vain: the server stops what nobody waits for, so a retry begins anew."""
+    """Of an answer that was waited for in vain: servers stop what nobody waits for, so a retry would begin anew."""
     seconds = request.extensions["timeout"]["read"]
-    message = f"{request.url} did not answer within {seconds:g} s. Give the client a longer timeout, or an on_step"
-    return APIError(f"{message}: then it hears that work goes on, and waits.", code="timeout")
+    message = f"{request.url} did not answer within {seconds:g} s: give the client a longer timeout."
+    return APIError(message, code="timeout")
 
 
 def pause(came: httpx.Response | httpx.TransportError | None, tries: int) -> float:

@@ -80,7 +80,7 @@ class Settings(BaseModel):
     fast_decoder: tuple[str, ...] = ()  # ids whose fast decoder is used unless a request says not
     warm: tuple[str, ...] = ()  # MODEL or MODEL:STEPS, drawn once before the server answers
     demo: bool = False  # the embedded model answers for SDXL-Lightning
-    device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": a GPU where there is one
+    device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": CUDA's GPU, else the CPU
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"] = "auto"  # docs/engine.md
     queue_size: int = Field(64, ge=1)  # pictures waiting, past which the server says 503
     replicas: int | None = Field(None, ge=1)  # engines on a Ray cluster, a GPU each; None: one in this process

@@ -166,12 +166,12 @@ def consistent(of_model: Card) -> Card:
         raise ValueError(f"weights.{unread[0]}: a model whose source is {weights.source!r} has none")
     for name, number, wanted in numbers_that_agree(of_model):
         if number != wanted:
-            raise ValueError(f"{name}: {number}, where the other networks' sizes need {wanted}")
+            raise ValueError(f"{name}: {number}, where the rest of the card needs {wanted}")
     return of_model
 
 
 def numbers_that_agree(of_model: Card) -> Iterator[tuple[str, int, int | None]]:
-    """Sizes of one network that another's determine: their names, what they are and what they should be."""
+    """Sizes that others determine: their names, what they are and what they should be."""
     unet, vae, fast, (first, second) = of_model.unet, of_model.vae, of_model.fast_decoder, of_model.text_encoders
     levels = len(unet.block_out_channels)
     yield "unet.cross_attention_dim", unet.cross_attention_dim, first.hidden_size + second.hidden_size

@@ -65,18 +65,17 @@ class Keys:
     def set_from_environment(self, secret: str | None) -> None:
         """Lets the operator's own secret in as a key named "environment", and no earlier one of that name.
 
-        Where it is the secret of another key, that is the key; raises LedgerError where it opens nothing any more.
+        Raises LedgerError where it is another key's, for it would come back when that one is given a new secret.
         """
         key = Key(FROM_ENVIRONMENT, FROM_ENVIRONMENT, "", False, UNLIMITED, 0, now(), None)
         with self._engine.begin() as connection:
             known = connection.execute(select(keys.c.id).where(keys.c.id == FROM_ENVIRONMENT)).first()
             same = keys.c.hash == hashed(secret or ""), keys.c.id != FROM_ENVIRONMENT
             other = connection.execute(select(keys).where(*same)).one_or_none()
-            if other and (state := as_key(other).state()) != "active":
-                raise LedgerError(
-                    f"FULGURITE_API_KEY is the secret of the key {other.id}, which is {state}: set another."
-                )
-            if secret is None or other:
+            if other:
+                found = f"FULGURITE_API_KEY is the secret of the key {other.id} ({as_key(other).state()})"
+                raise LedgerError(f"{found}: unset it, or set a secret of its own.")
+            if secret is None:
                 unset = update(keys).where(keys.c.id == FROM_ENVIRONMENT, keys.c.revoked_at.is_(None))
                 connection.execute(unset.values(revoked_at=now()))
             elif known:

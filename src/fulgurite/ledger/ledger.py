@@ -176,16 +176,25 @@ class Ledger:
             connection.execute(insert(entries), [vars(entry) | {"seed": str(entry.seed)} for entry, _ in ends])
             return [result for _, result in ends]
 
-    def _is_written(self, entry: Entry) -> bool:
-        same = [entries.c[name] == getattr(entry, name) for name in ("request_id", "key_id", "at", "outcome", "price")]
+    def _written(self, settlement: Settlement, error: LedgerError) -> Answer | CreditSpentError | None:
+        """What a settlement came to that is in the ledger; raises the error where it is not."""
+        entry, answer = settlement.entry, settlement.answer
+        same = [entries.c[name] == getattr(entry, name) for name in ("request_id", "key_id", "at")]
         with self._reading.begin() as connection:
-            return connection.execute(select(entries.c.request_id).where(*same)).first() is not None
+            outcome = connection.execute(select(entries.c.outcome).where(*same)).scalar()
+            if outcome is None:
+                raise error
+            if outcome == entry.outcome:
+                return answer
+            return (earlier(connection, answer) if answer else None) or credit_spent()
 
     def _commit_alone(self, settlement: Settlement) -> None:
         try:
-            # Where the connection was lost in the middle of a commit, that may have been done all the same.
-            done = self._is_written(settlement.entry)
-            [result] = [settlement.answer] if done else self._commit([settlement])
+            try:
+                [result] = self._commit([settlement])
+            except LedgerError as error:
+                # Where the connection was lost in the middle of a commit, that was done perhaps all the same.
+                result = self._written(settlement, error)
         except Exception as error:
             self._not_written = len(settlement.answer.content) if settlement.answer else 0
             settlement.set_exception(error)
@@ -210,13 +219,18 @@ def settled(connection: Connection, entry: Entry, answer: Answer | None) -> Sett
         # Another server that settles the same idempotency key now makes this statement wait for its commit.
         new = INSERT[connection.dialect.name](answers).values(**vars(answer)).on_conflict_do_nothing()
         if not connection.execute(new.returning(answers.c.id)).first():
-            return replace(entry, price=0, outcome="refused"), earlier(connection, answer)
+            given = earlier(connection, answer)
+            assert given  # it was in the way
+            return replace(entry, price=0, outcome="refused"), given
     if entry.price and not charge(connection, entry):
         if answer:
             connection.execute(delete(answers).where(answers.c.key_id == answer.key_id, answers.c.id == answer.id))
-        message = "This key's credit does not cover this picture, which was not charged."
-        return replace(entry, price=0, outcome="refused"), CreditSpentError(message)
+        return replace(entry, price=0, outcome="refused"), credit_spent()
     return entry, answer
+
+
+def credit_spent() -> CreditSpentError:
+    return CreditSpentError("This key's credit does not cover this picture, which was not charged.")
 
 
 def charge(connection: Connection, entry: Entry) -> bool:
@@ -226,11 +240,13 @@ def charge(connection: Connection, entry: Entry) -> bool:
     return connection.execute(spend).rowcount == 1
 
 
-def earlier(connection: Connection, answer: Answer) -> Answer:
+def earlier(connection: Connection, answer: Answer) -> Answer | None:
+    """What the key was given under the same id or idempotency key."""
     same = answers.c.id == answer.id
     if answer.idempotency_key is not None:
         same = or_(same, answers.c.idempotency_key == answer.idempotency_key)
-    return as_answer(connection.execute(select(answers).where(answers.c.key_id == answer.key_id, same)).one())
+    row = connection.execute(select(answers).where(answers.c.key_id == answer.key_id, same)).one_or_none()
+    return as_answer(row) if row else None
 
 
 def as_answer(row: Row[Any]) -> Answer:

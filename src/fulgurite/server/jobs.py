@@ -235,7 +235,8 @@ class Jobs:
         if given is None or given is answer:
             self._metrics.picture(entry)
             return answer
-        self._metrics.picture(refused)  # another server was first with its idempotency key
+        # Another job was first with its idempotency key: another server's, or one whose clients had gone.
+        self._metrics.picture(refused)
         return replayed(given, order)
 
     async def _record(self, order: Order, how: Outcome, seconds: float) -> None:

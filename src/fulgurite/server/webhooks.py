@@ -44,7 +44,7 @@ class Webhooks:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # Its own threads: a name server that does not answer holds up webhooks alone.
-        self._lookups = ThreadPoolExecutor(4, "lookup")
+        self._lookups = ThreadPoolExecutor(16, "lookup")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def secret_of(self, key_id: str) -> str:
@@ -99,7 +99,7 @@ class Webhooks:
                 try:
                     # Looked up again, since names move; and the request goes to the address that was looked at.
                     if not (addresses := await self._addresses(url)):
-                        raise httpx.ConnectError("its host has no address")
+                        raise httpx.ConnectError(f"its host has no address, or not within {LOOKUP_SECONDS:g} s")
                     secret = await asyncio.to_thread(self.secret_of, key_id)
                     headers = signed(secret, id, body, int(time.time()))
                     request = client.build_request("POST", url, content=body, headers=headers)

@@ -74,8 +74,7 @@ def weights_table(folder: Path, unet: Path, students: Mapping[int, Files]) -> st
     shared = {loras[0] for loras in changes.values() if loras[0].stem.startswith("guided")}
     own = {n: loras[-1] for n, loras in changes.items() if loras[-1] not in shared}
     if shared and wholes:
-        steps = ", ".join(map(str, wholes))
-        raise FulguriteError(f"No card can have both: move {min(shared)} away, or the whole UNet of {steps} steps.")
+        raise FulguriteError(f"No card can have both: move away {min(shared)} or {min(wholes.values())}.")
     lines = ["[weights]", 'source = "local"', line("path", unet.parent.parent)]
     lines += [line("lora_file", path) for path in shared]
     for key, paths in {"unets": wholes, "loras": own}.items():
