@@ -29,7 +29,7 @@ THESAURUS = Thesaurus(
 
 def small_sprites() -> Sprites:
     """Three things, white squares all."""
-    things = [Thing(name, (), "objects", "some", {"3d": i}) for i, name in enumerate(("rocket", "fox", "tulip"))]
+    things = [Thing(name, (), {"3d": i}) for i, name in enumerate(("rocket", "fox", "tulip"))]
     return Sprites(things, np.full((3, SPRITE, SPRITE, 4), 255, np.uint8))
 
 

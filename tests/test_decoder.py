@@ -43,7 +43,7 @@ def test_latents_are_walked_back_from_each_of_the_last_steps_and_made_once(
         return x + 1
 
     monkeypatch.setattr(decoder, "walked", walked)
-    drawn = as_drawn(ground, tmp_path / "drawn")
+    drawn = as_drawn(ground, tmp_path / "drawn", 100)
     assert (drawn.shape, drawn.dtype) == (ground.latents.latents.shape, np.float16)
     np.testing.assert_array_equal(drawn[-2:], ground.latents.latents[-2:])  # as it is
     assert not (drawn[:-2] == ground.latents.latents[:-2]).all(axis=(1, 2, 3)).any()
@@ -53,14 +53,14 @@ def test_latents_are_walked_back_from_each_of_the_last_steps_and_made_once(
         assert spread == pytest.approx(float((1 + sigmas[STEPS - back] ** 2) ** 0.5), rel=0.1)  # latents' is 1
         assert context == (2, 24, 80)
     assert len(walks) == BACK
-    np.testing.assert_array_equal(as_drawn(ground, tmp_path / "drawn"), drawn)
+    np.testing.assert_array_equal(as_drawn(ground, tmp_path / "drawn", 100), drawn)
     with torch.no_grad():
         ground.vae.decoder.conv_in.weight.zero_()
-    as_drawn(ground, tmp_path / "drawn")
+    as_drawn(ground, tmp_path / "drawn", 100)
     assert len(walks) == BACK  # not of the decoder
     with torch.no_grad():
         next(ground.encoders[0].parameters()).zero_()
-    as_drawn(ground, tmp_path / "drawn")
+    as_drawn(ground, tmp_path / "drawn", 100)
     assert len(walks) == 2 * BACK  # but of the text encoders
 
 
@@ -141,7 +141,7 @@ def test_the_fast_decoder_learns_from_the_decoder_as_it_came_to_be(
     monkeypatch.setattr(recipe, "train_fast_decoder", train_fast_decoder)
     config = replace(ground.card, fast_decoder=FAST)
     ground, preset = replace(ground, card=config), recipe.PRESETS["cpu"]
-    recipe.fast_decoder(tmp_path, tmp_path / "out", preset, ground, as_drawn(ground, tmp_path / "drawn"))
+    recipe.fast_decoder(tmp_path, tmp_path / "out", preset, ground, as_drawn(ground, tmp_path / "drawn", 100))
     recipe.decoders(tmp_path, tmp_path / "out", preset, ground, small_sprites())
     assert len(set(taught)) == 2
     written = load_vae(tmp_path / "out/vae/diffusion_pytorch_model.safetensors", ground.card, "cpu", torch.float32)

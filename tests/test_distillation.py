@@ -38,12 +38,12 @@ from fulgurite.training.distil import (
     renoised,
     squared,
 )
-from fulgurite.training.evaluation import found, frechet, score
+from fulgurite.training.drawing import Conditions, Guide, Sayer, denoised, seeded, walked
+from fulgurite.training.evaluation.reader import Reader
+from fulgurite.training.evaluation.scores import found, frechet, score
 from fulgurite.training.loop import Adam, Run, Stage, TimeIsUpError, save_network
 from fulgurite.training.low_rank import EDGES, LoRA
 from fulgurite.training.plans import QUICK, SDXL, SMALL
-from fulgurite.training.reader import Reader
-from fulgurite.training.steps import Conditions, Guide, Sayer, denoised, seeded, walked
 from fulgurite.weights import load_networks
 from fulgurite.weights.load import load_unet
 

@@ -1,5 +1,6 @@
 """The evaluation: chunks that are drawn once, ways as the students' files say, negative prompts, held-out pairs."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +16,21 @@ from small_sdxl import VAE as SMALL_VAE
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextEncoder, Tokenizer, UNet
-from fulgurite.training import evaluation as evaluation_module
-from fulgurite.training import negatives, reader
-from fulgurite.training.arrangements import arrangements
-from fulgurite.training.evaluation import Evaluation, Way, evaluate, ways_of
+from fulgurite.training.evaluation import negatives, reader, scores
+from fulgurite.training.evaluation.arrangements import arrangements
+from fulgurite.training.evaluation.negatives import common_kinds
+from fulgurite.training.evaluation.reader import scenes_of
+from fulgurite.training.evaluation.scores import Evaluation, Way, evaluate, ways_of
+from fulgurite.training.evaluation.styles import styles
+from fulgurite.training.evaluation.wordings import wordings
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
-from fulgurite.training.negatives import common_kinds
 from fulgurite.training.prompts import Wording
 from fulgurite.training.recipe import students_inside
-from fulgurite.training.scenes import held_out_style
+from fulgurite.training.scenes import LINKS, Scene, held_out_style, places
 from fulgurite.training.sources import SPRITE, Sprites, Thing
 from fulgurite.training.students import students_in
-from fulgurite.training.styles import styles
 from fulgurite.training.thesaurus import Thesaurus
-from fulgurite.training.wordings import wordings
 from fulgurite.weights import Networks
 
 CARD = replace(
@@ -40,7 +41,7 @@ THINGS = ("rocket", "fox", "tulip", "castle", "robot", "banana", "house", "star"
 
 @pytest.fixture(scope="module")
 def sprites() -> Sprites:
-    things = [Thing(name, (), "objects", "some", {"3d": 0, "cartoon": 0}) for name in THINGS]
+    things = [Thing(name, (), {"3d": 0, "cartoon": 0}) for name in THINGS]
     return Sprites(things, np.full((1, SPRITE, SPRITE, 4), 200, np.uint8))
 
 
@@ -48,7 +49,7 @@ def sprites() -> Sprites:
 def evaluation(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
     monkeypatch.setattr(reader, "PICTURES", 130)
     for name, value in {"REFERENCE": 12, "CHUNK": 4, "BATCH": 3, "AMONG": 5}.items():
-        monkeypatch.setattr(evaluation_module, name, value)
+        monkeypatch.setattr(scores, name, value)
     return an_evaluation(sprites, tmp_path, Run())
 
 
@@ -138,7 +139,7 @@ def test_the_students_inside_are_those_that_the_card_serves() -> None:
 
 def test_negative_prompts_are_asked_where_kinds_leave_a_choice() -> None:
     tags = [("animal", "pet", "red"), ("animal", "pet"), ("animal", "red", "red"), ("red",)]  # red is no kind
-    assert common_kinds([Thing(str(i), of, "", "", {}) for i, of in enumerate(tags)]) == ["animal"]
+    assert common_kinds([Thing(str(i), of, {}) for i, of in enumerate(tags)]) == ["animal"]
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -150,7 +151,7 @@ def test_what_a_negative_prompt_takes_away_is_counted(
     So the rows with it would not fall to none if it were ignored.
     """
     names, flowers = ("fox", "rose", "tulip", "lily"), ("flower",)
-    things = [Thing(name, () if name == "fox" else flowers, "", "", {}) for name in names]
+    things = [Thing(name, () if name == "fox" else flowers, {}) for name in names]
     monkeypatch.setattr(evaluation, "sprites", Sprites(things, evaluation.sprites.pixels))
     shown: list[torch.Tensor] = []
 
@@ -180,6 +181,21 @@ def test_models_that_read_otherwise_have_the_same_evaluator(
     assert not torch.equal(other.say(["a fox"], (64, 64)).context, evaluation.say(["a fox"], (64, 64)).context)
 
 
+def test_no_scene_is_composed_as_those_that_models_are_scored_by(sprites: Sprites) -> None:
+    training = [scene_at(sprites, (256, 256), number) for number in range(300)]
+    reader_s = scenes_of(sprites, "reader", 300, held_out=False)
+    scored = scenes_of(sprites, "captions", 300, held_out=True)
+
+    def composed(scene: Scene) -> tuple[object, ...]:
+        things = tuple((placed.thing.name, placed.colour) for placed in scene.things)
+        return things, scene.background, scene.arrangement
+
+    shown = set(map(composed, training + reader_s))
+    assert not shown & set(map(composed, scored))
+    alone = {(((name, None),), ("white",), None) for name in THINGS}
+    assert alone <= shown
+
+
 def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites) -> None:
     pairs = {(thing.name, style) for thing in sprites.things if (style := held_out_style(thing))}
     assert 0 < len(pairs) <= len(THINGS) / 2
@@ -193,36 +209,44 @@ def test_pairs_that_are_held_out_are_shown_in_no_training_scene(sprites: Sprites
 def test_things_that_stand_as_asked_are_counted(
     evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures here are the numbers of prompts, of a model that takes "on" for "and", and foxes for crabs."""
-    prompts: list[str] = []
-    foxes: list[int] = []
+    """By a reader of numbers, each a name's; of a model that takes "on" for "and", and foxes for crabs."""
+    names: list[str] = []
+    foxes: list[tuple[int, int, int]] = []  # of each arrangement: as the first, as the second, as either
 
-    def number(text: str) -> int:
-        if text not in prompts:
-            prompts.append(text)
-        return prompts.index(text)
+    def number(name: str) -> int:
+        if name not in names:
+            names.append(name)
+        return names.index(name)
 
     def pictures(unet: UNet, way: Way, texts: list[str], seeds: range) -> torch.Tensor:
-        numbers = torch.tensor([number(text.replace(" on ", " and ").replace("fox", "crab")) for text in texts])
-        foxes.append(sum("fox" in text for text in texts))
-        return numbers.float().view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+        shown = torch.full((len(texts), 3, SPRITE, SPRITE), -1.0)
+        [(arrangement, link)] = {(a, onward[0]) for a, (onward, _) in LINKS.items() if f" {onward[0]} " in texts[0]}
+        things = [text.split(f" {link} ") for text in texts]
+        first, second = ({i for i, both in enumerate(things) if both[which] == "a fox"} for which in (0, 1))
+        foxes.append((len(first), len(second), len(first | second)))
+        for picture, both in zip(shown, things, strict=True):
+            for name, (centre, _) in zip(both, places({"upon": "beside"}.get(arrangement, arrangement)), strict=True):
+                x, y = (round(share * SPRITE) for share in centre)
+                picture[:, y - 9 : y + 9, x - 9 : x + 9] = number(name.replace("fox", "crab"))
+        return shown
 
     reader = SimpleNamespace(
-        pictures=lambda x: x[:, 0, 0, 0],
+        pictures=lambda x: x[:, 0, 32, 32],
         captions=lambda texts: torch.tensor([number(text) for text in texts]),
         likeness=lambda shown, said: -(shown[:, None] - said).abs(),
     )
     monkeypatch.setattr(evaluation, "pictures", pictures)
     monkeypatch.setattr(evaluation, "network", lambda way: way)
     monkeypatch.setattr(evaluation, "reader", reader)
-    monkeypatch.setattr("fulgurite.training.arrangements.rendered", lambda scenes, sprites: torch.zeros(12, 3, 64, 64))
-    rows = arrangements(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 12).splitlines()
+    nothing = torch.zeros(40, 3, SPRITE, SPRITE)
+    monkeypatch.setattr("fulgurite.training.evaluation.arrangements.rendered", lambda scenes, sprites: nothing)
+    rows = arrangements(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 40).splitlines()
     parts = [[part.split(" (")[0] for part in row.strip("| ").split(" | ")] for row in rows]
     found = {name: shares for name, _, *shares in parts[2:]}
-    assert found["way, on"][1] == "0 %"
-    assert min(foxes[0], foxes[2]) > 0
+    assert found["way, on"][2] == "0 %"
     for name, missed in (("way, and", foxes[0]), ("way, in front of", foxes[2])):
-        assert found[name][0] == f"{100 * (12 - missed) / 12:.0f} %"
+        assert min(missed) > 0
+        assert found[name] == [f"{100 * (40 - fox) / 40:.0f} %" for fox in missed]
 
 
 def test_styles_that_come_are_counted(evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +273,8 @@ def test_styles_that_come_are_counted(evaluation: Evaluation, tmp_path: Path, mo
     pairs = len([thing for thing in things if held_out_style(thing)])
     rows = styles(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], 3).splitlines()[2:]
     assert [row.split(" (")[0] for row in rows[:2]] == [
-        f"| renders, held out | {pairs} | {3 * pairs} | 0 %",
-        f"| renders, shown | {pairs} | {3 * pairs} | 100 %",
+        f"| renders, held out | {pairs} | {pairs} | 0 %",
+        f"| renders, shown | {pairs} | {pairs} | 100 %",
     ]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| way, held out", "| way, shown"]
     assert (tmp_path / "evaluation/styles.md").read_text().splitlines()[2:] == rows
@@ -277,23 +301,27 @@ def test_prompts_in_other_words_are_held_against_their_scenes_captions(
     monkeypatch.setattr(evaluation, "pictures", pictures)
     monkeypatch.setattr(evaluation, "network", lambda way: None)
     monkeypatch.setattr(evaluation, "reader", reader)
+    evaluation.scenes = scenes_of(sprites, "wordings", 50, held_out=True)
     rows = wordings(evaluation, [Way("way", tmp_path / "unet.safetensors", (), 2, guided=True)], wording, 500)
-    missed = [sum("vixen" in text or "qqq" in text for text in drawn[i : i + 10]) for i in (0, 10, 20)]
+    missed = [sum("vixen" in text or "qqq" in text for text in drawn[i : i + 50]) for i in (0, 50, 100)]
     assert 0 == missed[0] < missed[1] <= missed[2]
     assert [row.split(" (")[0] for row in rows.splitlines()[2:]] == [
-        "| way, captions | 10 | 100 %",
-        f"| way, other names | 10 | {100 - 10 * missed[1]} %",
-        f"| way, other names, and words that say nothing | 10 | {100 - 10 * missed[2]} %",
+        "| way, captions | 50 | 100 %",
+        f"| way, other names | 50 | {100 - 2 * missed[1]} %",
+        f"| way, other names, and words that say nothing | 50 | {100 - 2 * missed[2]} %",
     ]
 
 
 def test_an_evaluator_of_another_tokenizer_is_another(
     evaluation: Evaluation, sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/merges.txt").write_text("#version: 0.2\n")
-    monkeypatch.setattr(evaluation_module, "tokenizer_folder", lambda: tmp_path / "other")
-    assert an_evaluation(sprites, tmp_path, Run()).data != evaluation.data
+    of_shipped = reader.tokenizer_folder()
+    shutil.copytree(of_shipped, tmp_path / "other")
+    (tmp_path / "other/merges.txt").write_text((of_shipped / "merges.txt").read_text().rpartition("\n")[0])
+    monkeypatch.setattr(reader, "tokenizer_folder", lambda: tmp_path / "other")
+    assert len(list(tmp_path.glob("reader-*"))) == 1
+    an_evaluation(sprites, tmp_path, Run())
+    assert len(list(tmp_path.glob("reader-*"))) == 2
 
 
 def test_a_close_up_is_a_part_of_the_picture_as_it_is_at_a_place_of_its_numbers() -> None:

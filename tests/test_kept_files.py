@@ -1,6 +1,7 @@
 """What a recipe keeps is there whole or not at all, so that a run that was killed goes on from nothing broken."""
 
 import json
+import shutil
 import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ def test_arrays_that_were_written_in_part_are_made_again(
     ground = small_ground(tmp_path)
     make = {
         "latents": lambda: latents.build_latents(tmp_path, None, vae, (32, 32), 2, tmp_path / "kept").latents,
-        "drawn": lambda: decoder.as_drawn(ground, tmp_path / "kept"),
+        "drawn": lambda: decoder.as_drawn(ground, tmp_path / "kept", 100),
         "pictures": lambda: fast_decoder.pictures_of(vae, torch.zeros(2, 4, 8, 8), "cpu", tmp_path / "kept/some.npy"),
     }[kept]
     save = np.save
@@ -78,6 +79,7 @@ def test_a_package_is_unpacked_whole_and_npm_that_fails_is_no_traceback(
             archive.add(tmp_path / "icons.json", "package/icons.json")
         return subprocess.CompletedProcess(command, 0, "some-1.0.0.tgz\n")
 
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(subprocess, "run", pack)
 
     def killed(archive: tarfile.TarFile, path: Path, filter: str) -> None:

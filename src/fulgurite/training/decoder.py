@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from fulgurite.sampling import trailing_schedule
 from fulgurite.training.discriminator import discriminator_loss, student_loss, unsteadiness
 from fulgurite.training.distil import STEADY, Ground, begun, network
+from fulgurite.training.drawing import Guide, Sayer, seeded, walked
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import said, scene_at
 from fulgurite.training.loop import Part, Stage
 from fulgurite.training.scenes import no_caption, render
 from fulgurite.training.sources import Sprites
-from fulgurite.training.steps import Guide, Sayer, seeded, walked
 from fulgurite.training.vae import reconstruction_losses, to_pixels
 
-LESSONS = 8000  # scenes, at most
+BATCH = 4
 STEPS, BACK = 8, 4  # of the schedule; and how many of its last the latents are walked, at most
 LATENT_NOISE = 0.05  # of unit scale, besides
 ADVERSARIAL_AFTER = 0.55  # of the updates: before, the discriminator would learn what pixels' errors mend anyway
@@ -37,12 +37,12 @@ NEAR = 0.05  # noise, of renders, within which the discriminator is to say the s
 PEAK, DISCRIMINATOR_PEAK = 5e-4, 4e-4  # learning rates
 
 
-def as_drawn(ground: Ground, folder: Path) -> np.ndarray:
-    """The first scenes' latents as the undistilled UNet leaves them ``[N, C, h, w]``, float16.
+def as_drawn(ground: Ground, folder: Path, most: int) -> np.ndarray:
+    """The first scenes' latents, of so many at most, as the undistilled UNet leaves them ``[N, C, h, w]``, float16.
 
     Made once, then read back from ``folder``.
     """
-    latents = ground.latents.latents[:LESSONS]
+    latents = ground.latents.latents[:most]
     walks = STEPS, BACK, ground.batch, ground.card.guidance_strength
     made_of = fingerprint(latents, ground.unet, *ground.encoders, *walks)
     path = folder / f"drawn-{len(latents)}-{made_of}.npy"
@@ -124,16 +124,14 @@ def adversarial(
     }
 
 
-def refine_decoder(
-    drawn: np.ndarray, ground: Ground, sprites: Sprites, folder: Path, steps: int, batch: int = 4, seed: int = 1
-) -> None:
+def refine_decoder(drawn: np.ndarray, ground: Ground, sprites: Sprites, folder: Path, steps: int) -> None:
     """Trains the decoder of the ground's VAE, in place; in ``folder``, going on from its checkpoint.
 
     ``drawn``: latents of the ground's first scenes, those of ``as_drawn``. On whole pictures: group norms see all of a
     picture at once, so a decoder that knows crops alone gets colours wrong.
     """
     vae, run = ground.vae, ground.run
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     decoding = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
     discriminator, after = PatchDiscriminator(), int(ADVERSARIAL_AFTER * steps)
     networks = nn.ModuleDict({"decoding": decoding, "discriminator": discriminator})
@@ -141,7 +139,7 @@ def refine_decoder(
     parts = {"decoding": Part(PEAK), "discriminator": Part(DISCRIMINATOR_PEAK, after)}
     stage = Stage(folder, networks, parts, steps, decay=0.998, run=run)
     while stage.step < steps:
-        picks = seeded("decoder", seed, stage.number).choices(range(len(drawn)), k=batch)
+        picks = seeded("decoder", stage.number).choices(range(len(drawn)), k=BATCH)
         scenes = [scene_at(sprites, ground.latents.size, number) for number in picks]
         pixels = to_pixels(np.stack([render(scene, sprites) for scene in scenes]))
         pixels = pixels.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -28,12 +28,12 @@ from fulgurite.models.unet import ResnetBlock, TransformerBlock
 from fulgurite.pipeline import to_image
 from fulgurite.sampling import Schedule, euler_step, per_row, scale_input, trailing_schedule, train_sigmas
 from fulgurite.training.discriminator import Discriminator, Noisy, discriminator_loss, student_loss, unsteadiness
+from fulgurite.training.drawing import Conditions, Guide, Sayer, decoded, denoised, drawn, seeded, walked
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, said
 from fulgurite.training.loop import ADAM, HERE, Adam, Part, Run, Stage, save_network
 from fulgurite.training.low_rank import LoRA
 from fulgurite.training.scenes import no_caption
-from fulgurite.training.steps import Conditions, Guide, Sayer, decoded, denoised, drawn, seeded, walked
 from fulgurite.weights.load import load_unet
 
 NEAR = 0.1  # noise on what is real, within which the discriminator is to say the same
@@ -269,7 +269,10 @@ def a_last_step(
 
 
 def distil(plan: Distillation, ground: Ground, students: Path, folder: Path) -> Path:
-    """Trains one student in ``folder``, going on from its checkpoint; writes the average to ``students`` as a file."""
+    """Trains one student in ``folder``, going on from its checkpoint; writes the average to ``students`` as a file.
+
+    Where ``students`` has that file already, that is the student.
+    """
     path = student_file(students, plan.name, plan.rank is None, plan.prediction)
     if path.exists():
         return path
@@ -373,7 +376,5 @@ def sheet(unet: UNet, ground: Ground, sayer: Sayer, plan: Distillation, path: Pa
     scenes = ground.latents.batch(SHEET, rng)[1]
     card = replace(ground.card, prediction=plan.prediction or ground.card.prediction)
     told = sayer([said(scene, rng) for scene in scenes], ground.latents.size)
-    random_state = torch.get_rng_state()
     latents = drawn(unet, card, ground.latents.size, told, None, range(SHEET), plan.steps)
-    torch.set_rng_state(random_state)
     to_image(torch.cat(list(decoded(ground.vae, latents).cpu()), dim=2)).save(path)

@@ -18,7 +18,8 @@ from fulgurite.training.files import whole
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.vae import reconstruction_losses, to_pixels
 
-LESSONS = 3000  # pictures decoded beforehand, at most
+PICTURES = 3000  # decoded beforehand, at most
+BATCH = 4
 MOST_NOISE = 0.15  # of unit scale: students' latents are never exactly what the encoder says, some further off
 CHUNK = 16  # pictures decoded together
 
@@ -68,24 +69,22 @@ def train_fast_decoder(
     folder: Path,
     steps: int,
     run: Run = HERE,
-    batch: int = 4,
-    seed: int = 2,
 ) -> TinyDecoder:
     """Trains a tiny decoder of latents ``[N, C, h, w]`` in ``folder``, going on from its checkpoint.
 
     Latents are as the UNet has them, scaled. Returns the averaged network.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     decoder = TinyDecoder(config)
     initialize(decoder)
     decoder.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     stage = Stage(folder, nn.ModuleDict({"fast_decoder": decoder}), peak=2e-3, steps=steps, decay=0.998, run=run)
-    lessons = disturbed(latents[:LESSONS], f"fast decoder {seed}")
+    lessons = disturbed(latents[:PICTURES], "fast decoder")
     path = folder / f"pictures-{len(lessons)}.npy"
     with PartialState().main_process_first():
         pictures = pictures_of(vae, lessons, run.device, path) if stage.step < steps else np.empty(0)
     while stage.step < steps:
-        picks = random.Random(f"fast decoder {seed} {stage.number}").choices(range(len(lessons)), k=batch)
+        picks = random.Random(f"fast decoder {stage.number}").choices(range(len(lessons)), k=BATCH)
         with torch.autocast(run.kind, torch.bfloat16):
             again = decoder(lessons[picks].to(run.device, memory_format=torch.channels_last)).float()
         stage.update(reconstruction_losses(to_pixels(pictures[picks]).to(run.device), again))

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.pipeline import size_conditioning
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.distil import Ground, network
+from fulgurite.training.drawing import seeded
 from fulgurite.training.loop import Stage
 from fulgurite.training.prompts import Wording
-from fulgurite.training.scenes import Scene, a_or_an
-from fulgurite.training.steps import seeded
+from fulgurite.training.scenes import Scene, a_or_an, plain
 from fulgurite.training.teacher import noised
 from fulgurite.training.text import behind_prompts
 
@@ -72,7 +73,6 @@ def teach_other_words(
     folder: Path,
     steps: int,
     peak: float = 1.5e-3,
-    seed: int = 0,
 ) -> list[nn.Module]:
     """Trains in ``folder``, going on from its checkpoint; returns both encoders, averaged, for the wording's tokenizer.
 
@@ -86,12 +86,11 @@ def teach_other_words(
     unet = network(ground, ground.unet.parent)
     stage = Stage(folder, nn.ModuleDict({"encoders": now}), peak=peak, steps=steps, decay=0.998, run=run)
     sigmas = train_sigmas().to(run.device)
-    width, height = ground.latents.size
     rows = ground.batch // DRAWN
     by_name = evenly(cast(list[Scene], ground.latents.scenes), wording.thesaurus.names)
-    sizes = torch.tensor([[height, width, 0, 0, height, width]] * rows, dtype=torch.float32, device=run.device)
+    sizes = size_conditioning(ground.latents.size).to(run.device).expand(rows, -1)
     while stage.step < steps:
-        rng = seeded("other words", seed, stage.number)
+        rng = seeded("other words", stage.number)
         clean, scenes = ground.latents.batch(READ * ground.batch, rng)
         scenes[rows::2] = [by_name(rng) for _ in scenes[rows::2]]  # of those that are not drawn
         captions, others = zip(*(wording.pair(scene, rng) for scene in scenes), strict=True)
@@ -127,7 +126,7 @@ def understood(encoders: Sequence[nn.Module], wording: Wording, device: str) -> 
     def pooled(words: Sequence[str]) -> Tensor:
         return encoders[-1](wording.tokenizer([a_or_an(name) for name in words]).to(device))[1].float()
 
-    things = pooled([thing.removesuffix(" face") for thing in names])
+    things = pooled([plain(thing) for thing in names])
     learned = {}
     for i, (thing, others) in enumerate(names.items()):
         nearest = torch.cdist(pooled(others), things).argmin(dim=1) if others else ()

@@ -109,7 +109,7 @@ class Wording:
         """A name that captions have, and one for the same: it is another only of a name that means nothing else."""
         others = self.thesaurus.names.get(thing.name)
         if others and rng.random() < 0.6:
-            return plain(thing), rng.choice(others)
+            return plain(thing.name), rng.choice(others)
         name = name_of(thing, rng)
         return name, name
 

@@ -13,16 +13,18 @@ from accelerate import PartialState
 
 from fulgurite.cards import card
 from fulgurite.models import VAE, CLIPTextConfig, Tokenizer
-from fulgurite.training.arrangements import arrangements
-from fulgurite.training.decoder import LESSONS, as_drawn, refine_decoder
+from fulgurite.training.decoder import as_drawn, refine_decoder
 from fulgurite.training.distil import Distillation, Ground, distil
-from fulgurite.training.evaluation import Evaluation, evaluate, ways_of
-from fulgurite.training.fast_decoder import train_fast_decoder
+from fulgurite.training.evaluation.arrangements import arrangements
+from fulgurite.training.evaluation.negatives import negatives
+from fulgurite.training.evaluation.scores import Evaluation, evaluate, ways_of
+from fulgurite.training.evaluation.styles import styles
+from fulgurite.training.evaluation.wordings import wordings
+from fulgurite.training.fast_decoder import PICTURES, train_fast_decoder
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import FEW, LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
-from fulgurite.training.negatives import negatives
 from fulgurite.training.other_words import teach_other_words, understood
 from fulgurite.training.plans import QUICK, SMALL
 from fulgurite.training.preview import preview_lines
@@ -30,13 +32,11 @@ from fulgurite.training.prompts import Wording
 from fulgurite.training.scenes import random_scene
 from fulgurite.training.sources import Sprites, build
 from fulgurite.training.students import students_in, write_card
-from fulgurite.training.styles import styles
 from fulgurite.training.teacher import train_teacher
 from fulgurite.training.text import train_text_encoders
 from fulgurite.training.thesaurus import Thesaurus
 from fulgurite.training.vae import normalize_latents, render_pictures, to_pixels, train_vae
 from fulgurite.training.vocabulary import Grown, add_words, grow, write_tokenizer, write_vocabulary
-from fulgurite.training.wordings import wordings
 from fulgurite.training.words import FIRST
 from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_folder, locate
@@ -49,6 +49,7 @@ LOOKED_INTO = "teacher, 8 steps", "student, 4 steps"  # the ways of which more t
 EACH = 20  # pictures a prompt of theirs: about five minutes on two cores
 ARRANGED = 200  # pictures of each arrangement
 WORDED = 500  # pictures of prompts in other words
+LESSONS = 8000  # scenes to train the decoder further with, at most
 TEXTS = 40_000  # of other words, from which the tokenizer learns more
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 
@@ -107,15 +108,16 @@ class Data:
 
 def distil_all(work: Path, out: Path, preset: Preset, ground: Ground, preview: str = "") -> None:
     """Trains every student of the preset's plan; those that ship go to the folder ``out``, and their card beside it."""
+    students = work / f"students-{fingerprint(ground.unet, *ground.encoders, ground.latents.latents[:FEW])}"
     shipped = {"8", "4", "2", "1"} | {plan.upon for plan in preset.distillations if plan.rank}
     for plan in preset.distillations:
-        student = distil(plan, ground, work / "students", work / "distil")
+        student = distil(plan, ground, students, work / "distil")
         if plan.name in shipped and PartialState().is_main_process:
             with whole(out / student.name) as new:
                 shutil.copyfile(student, new)
     if PartialState().is_main_process:
-        card_file, students = out.with_name(f"{out.name}.toml"), students_in(out, ground.unet)
-        write_card("spark_lightning.toml", card_file, ground.unet, students, preview)
+        card_file, found = out.with_name(f"{out.name}.toml"), students_in(out, ground.unet)
+        write_card("spark_lightning.toml", card_file, ground.unet, found, preview)
 
 
 def thesaurus_of(work: Path, sprites: Sprites, tokenizer: Tokenizer) -> Thesaurus:
@@ -178,7 +180,7 @@ def other_words(
 
 def decoders(work: Path, out: Path, preset: Preset, ground: Ground, sprites: Sprites) -> None:
     """Trains the ground's decoder on, then the card's fast one from it; writes both into the model's folder ``out``."""
-    drawn = as_drawn(ground, work / "drawn")
+    drawn = as_drawn(ground, work / "drawn", LESSONS)
     folder = work / f"decoder-{fingerprint(drawn, ground.vae)}"
     refine_decoder(drawn, ground, sprites, folder, preset.decoder_steps)
     if PartialState().is_main_process:
@@ -232,8 +234,8 @@ def decoders_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) 
 
 def fast_decoder_from(work: Path, model: Path, out: Path, preset: Preset, run: Run) -> None:
     """A fast decoder for a finished model, from its decoder as it is."""
-    ground, _ = ground_of(work, model, preset, LESSONS, run)
-    fast_decoder(work, out, preset, ground, as_drawn(ground, work / "drawn"))
+    ground, _ = ground_of(work, model, preset, PICTURES, run)
+    fast_decoder(work, out, preset, ground, as_drawn(ground, work / "drawn", PICTURES))
 
 
 def students_inside() -> dict[int, Files]:
@@ -265,7 +267,7 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
     """
     of_model = card(MODEL)
     data = Data.built(work, preset)
-    vocabulary = work / "tokenizer"
+    vocabulary = work / f"tokenizer-{fingerprint(data.sprites.things)}"
     if PartialState().is_main_process and not vocabulary.exists():
         with whole(vocabulary) as new:
             learn_vocabulary(work, data.sprites, of_model.text_encoders[0], new)
@@ -275,23 +277,21 @@ def train(work: Path, out: Path, preset: Preset, run: Run) -> None:
 
     vae = train_vae(data.sprites, of_model.vae, work / "vae", preset.vae_steps, run)
     normalize_latents(vae, to_pixels(render_pictures(data.sprites, 128, "normalize")).to(run.device))
-    shape, *others = of_model.native_shapes
-    square = data.latents(vae, shape, preset.scenes, work)
-    oblong = [data.latents(vae, other, preset.scenes // 12, work) for other in others]
+    latents = data.latents(vae, of_model.native_shapes[0], preset.scenes, work)
     torch.set_float32_matmul_precision("high")
-    said = examples(words, square.scenes)
-    folder = work / f"text-{fingerprint(vocabulary / 'vocab.json', words.thesaurus, said)}"
-    encoders = train_text_encoders(square, data.sprites, words, of_model, folder, preset.text_steps, run)
+    said = examples(words, latents.scenes)
+    folder = work / f"text-{fingerprint(vocabulary / 'vocab.json', words.thesaurus, said, latents.latents[:FEW])}"
+    encoders = train_text_encoders(latents, data.sprites, words, of_model, folder, preset.text_steps, run)
     folder = work / f"teacher-{fingerprint(*encoders.values())}"
-    unet = train_teacher([square, *oblong], words, of_model, encoders, folder, preset.teacher_steps, run, preset.batch)
+    unet = train_teacher(latents, words, of_model, encoders, folder, preset.teacher_steps, run, preset.batch)
     if PartialState().is_main_process:
         save_network(unet, out / UNET_FILE)
     PartialState().wait_for_everyone()
     tokenizers, text_encoders = (tokenizer, tokenizer), list(encoders.values())
-    ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, square, preset.batch // 2, run)
+    ground = Ground(of_model, out / UNET_FILE, tokenizers, text_encoders, vae, latents, preset.batch // 2, run)
     ground = other_words(work, words, vocabulary, out, preset, ground, data.sprites)
     decoders(work, out, preset, ground, data.sprites)
-    preview = preview_lines(square, data.sprites)
+    preview = preview_lines(latents, data.sprites)
     if PartialState().is_main_process:
         write_card("spark.toml", out.with_name(f"{out.name}.toml"), out / UNET_FILE, preview=preview)
     distil_all(work, out.with_name(f"{out.name}-lightning"), preset, ground, preview)

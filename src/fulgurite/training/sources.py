@@ -7,6 +7,7 @@ built; NOTICE.md beside the model's weights names their authors and licences.
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 from dataclasses import asdict, dataclass
@@ -44,8 +45,6 @@ class Thing:
 
     name: str
     tags: tuple[str, ...]
-    group: str
-    subgroup: str
     sprites: dict[str, int]  # style: row of the sprite array
 
     @property
@@ -70,7 +69,8 @@ class Sprites:
         table = json.loads((folder / "things.json").read_text(encoding="utf-8"))
         if missing := (names or frozenset()) - {row["name"] for row in table}:
             raise FulguriteError(f"{folder} is without {', '.join(sorted(missing))}: delete it, to have it built anew.")
-        things = [Thing(**{**row, "tags": tuple(row["tags"])}) for row in table if not names or row["name"] in names]
+        rows = [row for row in table if not names or row["name"] in names]
+        things = [Thing(row["name"], tuple(row["tags"]), row["sprites"]) for row in rows]
         return cls(things, np.load(folder / "sprites.npy", mmap_mode="r"))
 
 
@@ -78,6 +78,8 @@ def fetch(package: str, folder: Path) -> Path:
     """Unpacks an npm package under ``folder`` and returns where it lies."""
     target = folder / re.sub(r"[^a-z0-9.]+", "-", package.lower()).strip("-")
     if not target.exists():
+        if shutil.which("npm") is None:
+            raise FulguriteError("Training fetches its pictures with npm, which is not installed here.")
         folder.mkdir(parents=True, exist_ok=True)
         command = ["npm", "pack", package, "--loglevel", "error", "--pack-destination", str(folder)]
         packed = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -176,8 +178,7 @@ def build(folder: Path, small: bool) -> None:
                     sprites[style] = len(rows)
                     rows.append(rasterize(drawing))
             if sprites:
-                group, subgroup = groups[str(entry["group"])], subgroups[str(entry["subgroup"])]
-                things.append(Thing(entry["label"], tuple(entry.get("tags", ())), group, subgroup, sprites))
+                things.append(Thing(entry["label"], tuple(entry.get("tags", ())), sprites))
         np.save(folder / "sprites.npy", np.stack(rows))
         with whole(folder / "things.json") as new:
             new.write_text(json.dumps([asdict(t) for t in things]), encoding="utf-8")

@@ -14,15 +14,15 @@ from fulgurite.cards import Card
 from fulgurite.kernels.cpu import accelerate_training
 from fulgurite.models import UNet
 from fulgurite.models.unet import ResnetBlock, SpatialTransformer
+from fulgurite.pipeline import size_conditioning
 from fulgurite.sampling import TRAIN_STEPS, train_sigmas
+from fulgurite.training.drawing import seeded
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.prompts import Wording
-from fulgurite.training.steps import seeded
 
 UNCONDITIONAL = 0.1  # how often the prompt says nothing, for classifier-free guidance
 PURE_NOISE = 0.04  # how often a row starts from pure noise at the last timestep
-OTHER_SHAPES = 0.06  # how often a batch is not square
 
 
 def noised(latents: Tensor, timesteps: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def initialize(unet: UNet) -> None:
 
 
 def train_teacher(
-    latents: list[LatentSet],
+    latents: LatentSet,
     wording: Wording,
     card: Card,
     encoders: nn.ModuleDict,
@@ -56,43 +56,34 @@ def train_teacher(
     steps: int,
     run: Run = HERE,
     batch: int = 32,
-    peak: float = 1e-3,
-    seed: int = 0,
 ) -> UNet:
-    """Trains in ``folder``, going on from its checkpoint; returns the averaged network.
-
-    ``latents``: the square set first, then other shapes.
-    """
+    """Trains in ``folder``, going on from its checkpoint; returns the averaged network."""
     device = run.device
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     unet = UNet(card.unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(unet)
     if run.kind == "cpu":
         accelerate_training(unet)
     encoders = encoders.requires_grad_(False)
-    stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=peak, steps=steps, decay=0.9985, run=run)
+    stage = Stage(folder, nn.ModuleDict({"unet": unet}), peak=1e-3, steps=steps, decay=0.9985, run=run)
     sigmas = train_sigmas().to(device)
+    sizes = size_conditioning(latents.size).to(device).expand(batch, -1)
 
-    def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
+    def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor) -> Tensor:
         with torch.autocast(run.kind, torch.bfloat16):
             (first, _), (second, pooled) = (encoder(ids) for encoder in encoders.values())
             v = unet(x, timesteps, torch.cat([first, second], dim=-1), pooled, sizes)
         return F.mse_loss(v.float(), target)
 
     while stage.step < steps:
-        rng = seeded("teacher", seed, stage.number)
-        square = len(latents) == 1 or rng.random() >= OTHER_SHAPES
-        chosen = latents[0] if square else rng.choice(latents[1:])
-        clean, scenes = chosen.batch(batch, rng)
+        rng = seeded("teacher", stage.number)
+        clean, scenes = latents.batch(batch, rng)
         prompts = [wording.describe(None if rng.random() < UNCONDITIONAL else scene, rng) for scene in scenes]
         timesteps = ((1 - torch.rand(batch) ** 2) * TRAIN_STEPS).long().clamp_max(TRAIN_STEPS - 1)
         timesteps[torch.rand(batch) < PURE_NOISE] = TRAIN_STEPS - 1
-        width, height = chosen.size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(batch, -1)
-
-        clean, timesteps, ids, sizes = (y.to(device) for y in (clean, timesteps, wording.tokenizer(prompts), sizes))
+        clean, timesteps, ids = (y.to(device) for y in (clean, timesteps, wording.tokenizer(prompts)))
         x, target = noised(clean, timesteps, torch.randn(clean.shape).to(device), sigmas)
-        stage.update({"v": loss(ids, x, timesteps, target, sizes)})
+        stage.update({"v": loss(ids, x, timesteps, target)})
     average = stage.average["unet"]
     assert isinstance(average, UNet)
     return average.eval()

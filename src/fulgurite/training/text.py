@@ -25,6 +25,7 @@ from fulgurite.training.scenes import ARRANGEMENTS, COLOURS, HUES, STYLE_WORDS, 
 from fulgurite.training.sources import Sprites
 
 NOTHING = "nothing"
+BATCH = 96
 PARTS = 4  # per side of the latent: as many squared are the states that sketch
 
 
@@ -97,12 +98,10 @@ def train_text_encoders(
     folder: Path,
     steps: int,
     run: Run = HERE,
-    batch: int = 96,
-    seed: int = 0,
 ) -> nn.ModuleDict:
     """Trains in ``folder``, going on from its checkpoint; returns the averaged text_encoder and text_encoder_2."""
     device = run.device
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     first, second = (CLIPTextEncoder(config).to(device) for config in card.text_encoders)
     questions = Questions(card.unet.pooled_dim, sprites).to(device)
     sketch = Sketch(card.unet.cross_attention_dim, latents.latents[:1].shape[1:]).to(device)
@@ -111,8 +110,8 @@ def train_text_encoders(
     )
     stage = Stage(folder, networks, peak=1.5e-3, steps=steps, decay=0.995, run=run)
     while stage.step < steps:
-        rng = random.Random(f"text {seed} {stage.number}")
-        clean, scenes = latents.batch(batch, rng)
+        rng = random.Random(f"text {stage.number}")
+        clean, scenes = latents.batch(BATCH, rng)
         ids = wording.tokenizer([wording.describe(scene, rng) for scene in scenes]).to(device)
         with torch.autocast(run.kind, torch.bfloat16):
             (states, _), (more, pooled) = first(ids), second(ids)

@@ -63,7 +63,7 @@ class Thesaurus:
         rows = json.loads((fetch(SUBTITLES, folder) / "index.json").read_text(encoding="utf-8"))
         wordnet = WordNet(fetch(WORDNET, folder) / "dict", {row["word"].lower(): row["count"] for row in rows})
         things = list(things)
-        captions = sorted({name.lower() for thing in things for name in (*names_of(thing), plain(thing))})
+        captions = sorted({name.lower() for thing in things for name in (*names_of(thing), plain(thing.name))})
         kinds = wordnet.kinds({thing.name: SENSES.get(thing.name, ()) for thing in things})
         names = {}
         for thing, own in kinds.items():

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from fulgurite.models import VAE, VAEConfig
 from fulgurite.models.vae import Attention, ResnetBlock
+from fulgurite.training.drawing import seeded
 from fulgurite.training.loop import HERE, Run, Stage
 from fulgurite.training.scenes import render, training_scene
 from fulgurite.training.sources import Sprites
 
 CROP = 96  # pixels: the network is convolutional, so parts of pictures teach it as much for less
 PICTURES = 3000  # rendered beforehand
+BATCH = 16
 KL_WEIGHT = 1e-5
 FIRST_LOG_VARIANCE = -6.0  # from 0, the noise drowns what the encoder has to say, and it falls silent for good
 LAST_CONSTANT = 1.0  # about two and a half times the spread of what the last block starts with
@@ -79,12 +81,10 @@ def initialize(vae: VAE) -> None:
     vae.quant_conv.bias[vae.config.latent_channels :] = FIRST_LOG_VARIANCE
 
 
-def train_vae(
-    sprites: Sprites, config: VAEConfig, folder: Path, steps: int, run: Run = HERE, batch: int = 16, seed: int = 0
-) -> VAE:
+def train_vae(sprites: Sprites, config: VAEConfig, folder: Path, steps: int, run: Run = HERE) -> VAE:
     """Trains an autoencoder in ``folder``, going on from its checkpoint, and returns the averaged network."""
     device = run.device
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     vae = VAE(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     initialize(vae)
     stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998, run=run)
@@ -96,11 +96,11 @@ def train_vae(
         return again, 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
 
     cell = config.downscale
-    pictures = render_pictures(sprites, PICTURES, f"vae {seed}") if stage.step < steps else np.empty(0)
+    pictures = render_pictures(sprites, PICTURES, "vae") if stage.step < steps else np.empty(0)
     while stage.step < steps:
-        rng = random.Random(f"vae {seed} {stage.number}")
-        pixels = crops(rng, pictures, batch).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        noise = torch.randn(batch, config.latent_channels, CROP // cell, CROP // cell, device=device)
+        rng = seeded("vae", stage.number)
+        pixels = crops(rng, pictures, BATCH).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        noise = torch.randn(BATCH, config.latent_channels, CROP // cell, CROP // cell).to(device)
         again, divergence = reconstruct(pixels, noise)
         losses = reconstruction_losses(pixels, again)
         rise = min(1.0, stage.step / QUIET_STEPS)

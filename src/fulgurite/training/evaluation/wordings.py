@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from fulgurite.training.evaluation import Evaluation, Way, found, share
+from fulgurite.training.evaluation.reader import seen
+from fulgurite.training.evaluation.scores import Evaluation, Way, found, share
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.prompts import Wording
-from fulgurite.training.reader import seen
 from fulgurite.training.scenes import Scene, caption
 
 KINDS = "captions", "other names", "other names, and words that say nothing"

@@ -20,13 +20,13 @@ from fulgurite.cards import Card
 from fulgurite.kernels import cpu
 from fulgurite.kernels.fused import fuse
 from fulgurite.models import VAE, UNet
+from fulgurite.training.drawing import Guide, Sayer, decoded, drawn
+from fulgurite.training.evaluation.reader import close_up, rendered, scenes_of, seen, train_reader
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
-from fulgurite.training.reader import close_up, rendered, scenes_of, seen, tokenizer_folder, train_reader
 from fulgurite.training.scenes import caption
 from fulgurite.training.sources import Sprites
-from fulgurite.training.steps import Guide, Sayer, decoded, drawn
 from fulgurite.weights import Networks
 from fulgurite.weights.files import Files
 from fulgurite.weights.load import load_unet
@@ -133,18 +133,16 @@ class Evaluation:
     ) -> None:
         """``steps``: of the evaluator's training. The networks are in half precision."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
-        self.scenes, rng = scenes_of(sprites, "held out", count), random.Random("captions")
+        self.scenes, rng = scenes_of(sprites, "captions", count, held_out=True), random.Random("captions")
         self.captions = [caption(scene, rng) for scene in self.scenes]
-        self.data = fingerprint(
-            self.scenes, self.captions, steps, tokenizer_folder() / "merges.txt", "whole", "close up"
-        )
-        self.model = fingerprint(self.data, networks.vae, *networks.text_encoders)
-        self.reader = train_reader(sprites, folder / f"reader-{self.data}", steps, run)
+        self.reader = train_reader(sprites, folder, steps, run)
+        self.data = fingerprint(self.reader, self.scenes, self.captions)
+        self.model = fingerprint(self.data, networks.vae, *networks.text_encoders, card.guidance_strength)
         self.say = Sayer(networks.tokenizers, networks.text_encoders, run.device)
         with torch.no_grad():
             self.said = torch.cat([self.reader.captions([text]) for text in self.captions])
         quick(self.vae, run)
-        reference = scenes_of(sprites, "reference", REFERENCE)
+        reference = scenes_of(sprites, "reference", REFERENCE, held_out=True)
         self.reference = self.kept(
             "reference", self.data, len(reference), lambda start, stop: rendered(reference[start:stop], sprites)
         )

@@ -19,11 +19,12 @@ from functools import partial
 import torch
 
 from fulgurite.models import AttentionGuidance, UNet
-from fulgurite.training.evaluation import Evaluation, Way, share
-from fulgurite.training.reader import seen
+from fulgurite.training.drawing import Guidance, Guide, decoded, drawn
+from fulgurite.training.evaluation.reader import seen
+from fulgurite.training.evaluation.scores import Evaluation, Way, share
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.scenes import a_or_an, plain
 from fulgurite.training.sources import Thing
-from fulgurite.training.steps import Guidance, Guide, decoded, drawn
 
 MOST, SHARED = 15, 3  # at most so many kinds, each of at least so many things
 OFTEN = 0.5  # a kind is asked about if one of its things is in this share of its pictures
@@ -69,7 +70,7 @@ def things_drawn(
     latents = drawn(unet, card, shape, to, guide, range(count), way.steps).cpu()
     seconds = time.perf_counter() - began
     features = evaluation.reader.pictures(seen(decoded(evaluation.vae, latents.to(to.context.device))).cpu())
-    said = evaluation.reader.captions([f"a {plain(thing)}" for thing in things])
+    said = evaluation.reader.captions([a_or_an(plain(thing.name)) for thing in things])
     return [things[i] for i in evaluation.reader.likeness(features, said).argmax(dim=1)], seconds
 
 
@@ -90,7 +91,7 @@ def tallied(evaluation: Evaluation, way: Way, count: int) -> dict[str, Tally]:
         unrelated = random.Random(kind).choice([thing for thing in things if kind not in thing.kinds])
         asked = [(f"strength {strength:g}", avoided, strength) for strength in STRENGTHS]
         for name, negative, strength in (*asked, (f"strength {usual:g}, unrelated", unrelated, usual)):
-            found, seconds = things_drawn(evaluation, unet, way, prompt, plain(negative), strength, count)
+            found, seconds = things_drawn(evaluation, unet, way, prompt, plain(negative.name), strength, count)
             tallies[name].add(found, seconds, kind, avoided)
     return tallies
 
@@ -108,5 +109,8 @@ def rows_of(evaluation: Evaluation, way: Way, count: int) -> list[str]:
 def negatives(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
     """A Markdown table of what negative prompts take away, and what they cost; ``count``: pictures a kind."""
     head = "drawn by", "pictures", "show what is to be avoided", "show what the prompt asks for", "seconds a picture"
-    parts = {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
+    parts = {}
+    for way in ways:
+        made_of = fingerprint(evaluation.made_of(way), count, STRENGTHS, evaluation.card.guidance_tau)
+        parts[way.name, made_of] = partial(rows_of, evaluation, way, count)
     return evaluation.table("negatives", head, parts)

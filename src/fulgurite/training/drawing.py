@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fulgurite.cards import Card
 from fulgurite.models import VAE, AttentionGuidance, Tokenizer, UNet
+from fulgurite.pipeline import size_conditioning
 from fulgurite.sampling import (
     Schedule,
     euler_step,
@@ -51,8 +52,7 @@ class Sayer:
             encoder(tokenizer(list(captions)).to(self.device))
             for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True)
         )
-        width, height = size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+        sizes = size_conditioning(size).to(self.device)
         return Conditions(torch.cat([first, second], dim=-1), pooled, sizes.expand(len(captions), -1))
 
 

@@ -3,7 +3,6 @@
 Beside them the same things in the styles that it did show, and renders of both, which are the evaluator's ceiling.
 """
 
-import random
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,17 +10,18 @@ import torch
 from torch import Tensor
 
 from fulgurite.models import UNet
-from fulgurite.training.evaluation import Evaluation, Way, share
-from fulgurite.training.reader import rendered, seen
-from fulgurite.training.scenes import Placed, Scene, a_or_an, held_out_style, plain
-from fulgurite.training.sources import SPRITE, Thing
+from fulgurite.training.evaluation.reader import rendered, seen
+from fulgurite.training.evaluation.scores import Evaluation, Way, share
+from fulgurite.training.fingerprint import fingerprint
+from fulgurite.training.scenes import a_or_an, held_out_style, plain, scene_of
+from fulgurite.training.sources import Thing
 
 Pair = tuple[Thing, str]  # a thing and a style
 
 
 def asked(pair: Pair) -> str:
     thing, style = pair
-    return f"{a_or_an(plain(thing))}, {style}"
+    return f"{a_or_an(plain(thing.name))}, {style}"
 
 
 def pairs_by_kind(things: Sequence[Thing]) -> dict[str, list[Pair]]:
@@ -34,15 +34,13 @@ def pairs_by_kind(things: Sequence[Thing]) -> dict[str, list[Pair]]:
     return kinds
 
 
-def renders(evaluation: Evaluation, pair: Pair, count: int) -> Tensor:
-    """Renders of a thing in a style on white."""
-    (thing, style), rng = pair, random.Random(asked(pair))
-    sides = [rng.uniform(0.85, 0.89) for _ in range(count)]
-    placed = [Placed(thing, thing.sprites[style], None, (0.5, 0.5), side) for side in sides]
-    return rendered([Scene((each,), style, ("white",), (SPRITE, SPRITE)) for each in placed], evaluation.sprites)
+def render(evaluation: Evaluation, pair: Pair) -> Tensor:
+    """The one render of a thing in a style on white."""
+    thing, style = pair
+    return rendered([scene_of([thing], style)], evaluation.sprites)
 
 
-def drawn_by(evaluation: Evaluation, way: Way, unet: UNet, pair: Pair, count: int) -> Tensor:
+def drawn_by(evaluation: Evaluation, way: Way, unet: UNet, count: int, pair: Pair) -> Tensor:
     """Pictures of the first ``count`` seeds."""
     return evaluation.pictures(unet, way, [asked(pair)] * count, range(count))
 
@@ -51,18 +49,18 @@ def drawn_by(evaluation: Evaluation, way: Way, unet: UNet, pair: Pair, count: in
 def rows_of(evaluation: Evaluation, way: Way | None, count: int) -> list[str]:
     """Lines of the table for pictures that a way draws, or for renders."""
     name = way.name if way else "renders"
-    look = partial(drawn_by, evaluation, way, evaluation.network(way)) if way else partial(renders, evaluation)
+    look = partial(drawn_by, evaluation, way, evaluation.network(way), count) if way else partial(render, evaluation)
     known = [(thing, style) for thing in evaluation.sprites.things for style in thing.sprites]
     said = evaluation.reader.captions([asked(pair) for pair in known])
     rows = []
     for kind, pairs in pairs_by_kind(evaluation.sprites.things).items():
-        right, styled = 0, 0
+        total, right, styled = 0, 0, 0
         for pair in pairs:
-            likeness = evaluation.reader.likeness(evaluation.reader.pictures(seen(look(pair, count))), said)
+            likeness = evaluation.reader.likeness(evaluation.reader.pictures(seen(look(pair))), said)
             own = [i for i, (thing, _) in enumerate(known) if thing is pair[0]]
+            total += len(likeness)
             right += sum(known[i] == pair for i in likeness.argmax(dim=1))
             styled += sum(known[own[i]] == pair for i in likeness[:, own].argmax(dim=1))
-        total = count * len(pairs)
         rows.append(f"| {name}, {kind} | {len(pairs)} | {total} | {share(right, total)} | {share(styled, total)} |")
     return rows
 
@@ -74,5 +72,6 @@ def styles(evaluation: Evaluation, ways: Sequence[Way], count: int) -> str:
     """
     head = "drawn by", "pairs", "pictures", "show the pair", "of the thing's styles, show this one"
     parts = {("renders", evaluation.data): partial(rows_of, evaluation, None, count)}
-    parts |= {(way.name, evaluation.made_of(way)): partial(rows_of, evaluation, way, count) for way in ways}
+    for way in ways:
+        parts[way.name, fingerprint(evaluation.made_of(way), count)] = partial(rows_of, evaluation, way, count)
     return evaluation.table("styles", head, parts)

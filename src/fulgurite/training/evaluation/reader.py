@@ -4,6 +4,7 @@ Trained by contrast (Radford et al., arXiv 2103.00020) on renders alone, never o
 captions by the shipped model's tokenizer, whichever model is scored: models of other words have the same evaluator.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from fulgurite.cards import card
 from fulgurite.models import CLIPTextConfig, CLIPTextEncoder
+from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, Stage
-from fulgurite.training.scenes import Scene, caption, random_scene, render
+from fulgurite.training.scenes import Scene, caption, held_out_together, random_scene, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
 from fulgurite.weights.load import load_tokenizer, locate
@@ -23,7 +25,8 @@ from fulgurite.weights.load import load_tokenizer, locate
 SHIPPED = "fulgurite/spark"
 SIDE = 64  # pixels, of what the encoder sees
 FEATURES = 64
-PICTURES = 8000  # rendered beforehand to train on
+PICTURES = 24_000  # rendered beforehand to train on
+BATCH = 128
 
 
 def tokenizer_folder() -> Path:
@@ -90,9 +93,14 @@ def close_up(pixels: Tensor, first: int) -> Tensor:
     return torch.stack(parts)
 
 
-def scenes_of(sprites: Sprites, kind: str, count: int) -> list[Scene]:
-    """So many scenes of a kind that no training set has, each from a number of its own."""
-    return [random_scene(random.Random(f"{kind} {i}"), sprites) for i in range(count)]
+def scenes_of(sprites: Sprites, kind: str, count: int, held_out: bool) -> list[Scene]:
+    """So many scenes, each from a number of its own; all ``held_out`` from training by what they hold, or none."""
+
+    def scene(rng: random.Random) -> Scene:
+        drawn = (random_scene(rng, sprites) for _ in itertools.count())
+        return next(scene for scene in drawn if held_out_together(scene) == held_out)
+
+    return [scene(random.Random(f"{kind} {i}")) for i in range(count)]
 
 
 def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:
@@ -102,24 +110,27 @@ def rendered(scenes: list[Scene], sprites: Sprites) -> Tensor:
 
 def seen_renders(scenes: list[Scene], sprites: Sprites) -> Tensor:
     """Renders as the encoder sees them ``[N, 3, 64, 64]``, one at a time: whole ones of many scenes take gigabytes."""
-    return torch.cat([seen(rendered([scene], sprites)) for scene in scenes])
+    found = torch.empty(len(scenes), 3, SIDE, SIDE, dtype=torch.bfloat16)
+    for row, scene in zip(found, scenes, strict=True):
+        row.copy_(seen(rendered([scene], sprites))[0])
+    return found
 
 
 def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) -> Reader:
-    """Trains the evaluator in ``folder``, going on from its checkpoint."""
+    """Trains the evaluator in a folder of its own in ``folder``, going on from its checkpoint."""
     torch.manual_seed(0)
-    reader = Reader()
+    reader, scenes = Reader(), scenes_of(sprites, "reader", PICTURES, held_out=False)
+    folder = folder / f"reader-{fingerprint(reader, tokenizer_folder() / 'merges.txt', scenes, BATCH, steps)}"
     networks = nn.ModuleDict({"reader": reader})
     stage = Stage(folder, networks, peak=1e-3, steps=steps, decay=0.99, save_every=100, run=run)
-    scenes = scenes_of(sprites, "reader", PICTURES)
     pictures = seen_renders(scenes, sprites) if stage.step < steps else torch.empty(0)
     while stage.step < steps:
         rng = random.Random(f"reader {stage.number}")
-        picks = rng.sample(range(PICTURES), 128)
+        picks = rng.sample(range(PICTURES), BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             features = reader.pictures(pictures[picks])
             said = reader.captions([caption(scenes[i], rng) for i in picks])
-        logits, right = reader.likeness(features.float(), said.float()), torch.arange(len(picks))
+        logits, right = reader.likeness(features.float(), said.float()), torch.arange(BATCH)
         stage.update({"contrast": (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2})
     average = stage.average["reader"]
     assert isinstance(average, Reader)

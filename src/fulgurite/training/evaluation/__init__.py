@@ -1,0 +1,1 @@
+"""How well a finished model draws what it is told, by an evaluator that knows renders alone."""
