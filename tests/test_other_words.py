@@ -212,7 +212,7 @@ def test_each_other_name_is_read_as_often(tmp_path: Path) -> None:
 
 def test_encoders_come_to_make_of_other_words_what_they_made_of_captions(tmp_path: Path) -> None:
     """Nearly, in so few steps; and what they made of captions stays."""
-    ground = replace(small_ground(tmp_path, count=8), batch=4)
+    ground = replace(small_ground(tmp_path, count=16), batch=4)
     wording = Wording.of(THESAURUS, ground.tokenizers[0])
     encoders = teach_other_words(ground, wording, [], tmp_path / "words", steps=80, peak=1e-2)
     before, now = Encoders(deepcopy(ground.encoders)), Encoders(encoders)
@@ -224,7 +224,7 @@ def test_encoders_come_to_make_of_other_words_what_they_made_of_captions(tmp_pat
         return float((encoders(ids)[1] - before(told)[1]).square().mean())
 
     with torch.inference_mode():
-        assert error(now, other) < 0.9 * error(before, other)
+        assert error(now, other) < 0.8 * error(before, other)
         assert error(now, told) < 0.4 * error(before, other)
 
 
