@@ -31,6 +31,7 @@ from fulgurite.training.distil import Ground, distil
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import Run, Stage
 from fulgurite.training.plans import RANK, SDXL
+from fulgurite.training.precision import half
 from fulgurite.training.sdxl import SIZE, teacher_card
 from report import Report
 
@@ -52,7 +53,7 @@ def small(of_model: Card) -> Card:
 def random_network(build: type[nn.Module], config: object, device: str) -> nn.Module:
     """In half precision, with weights small enough for numbers to stay finite through all layers."""
     with torch.device("meta"):
-        network = build(config).bfloat16()
+        network = build(config).to(half(torch.device(device).type))
     network = network.to_empty(device=device)
     for parameter in network.parameters():
         parameter.normal_(0, 0.02)
@@ -92,9 +93,10 @@ def main() -> None:
         cell = of_model.vae.downscale
         latents = np.random.default_rng(0).standard_normal((8, 4, size[1] // cell, size[0] // cell)).astype(np.float16)
         words = tuple(Words(config.eos_token_id) for config in of_model.text_encoders)
+        run = Run(device)
         ground = Ground(
             of_model, folder / "unet.safetensors", words, encoders, random_network(VAE, of_model.vae, device),
-            LatentSet(size, latents, ["a fox"] * 8), arguments.batch, Run(device), torch.bfloat16, checkpointing=True,
+            LatentSet(size, latents, ["a fox"] * 8), arguments.batch, run, half(run.kind), checkpointing=True,
         )  # fmt: skip
         updates = arguments.steps + 1
         guided = replace(SDXL[0], name="guided", rank=RANK, updates=updates)

@@ -21,6 +21,7 @@ import fulgurite
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner, Stages
+from fulgurite.kernels import cpu
 from fulgurite.ledger import Ledger
 from fulgurite.models import (
     VAE,
@@ -47,7 +48,9 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 HAS_WEIGHTS = any((Path(fulgurite.__file__).parent / "embedded" / "spark").rglob("*.safetensors"))
 needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded weights are not there")
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no instructions for int8")
-PRECISIONS = ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)]  # of a CPU
+needs_bfloat16 = pytest.mark.skipif(not cpu.has_bfloat16(), reason="this CPU has no instructions for bfloat16")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]  # of a CPU
+PRECISIONS = ["float32", pytest.param("bfloat16", marks=needs_bfloat16), pytest.param("int8", marks=needs_vnni)]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there is nothing to compile its kernels for

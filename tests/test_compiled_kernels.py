@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +18,15 @@ from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
-needs_products = pytest.mark.usefixtures("products")
+needs_floats = pytest.mark.skipif(
+    compiled.floats() is None, reason="this processor has no AVX2, or there is no compiler"
+)
+in_all_numbers = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=needs_library), pytest.param(torch.float32, marks=needs_floats)]
+)
+# Of a number itself: half bfloat16's last place; two of float32's, in which functions round more than once. And what
+# adding up in float32 leaves of numbers about one.
+ROUNDING, LEFT = {torch.bfloat16: 2**-8, torch.float32: 2**-22}, {torch.bfloat16: 1e-4, torch.float32: 5e-5}
 SHAPES = st.tuples(st.integers(1, 3), st.sampled_from((3, 8, 12, 32, 96, 160, 320, 640)), *[st.integers(1, 40)] * 2)
 
 
@@ -37,9 +46,9 @@ def emulated_tiles(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=["tiles", "vectors", "emulated_tiles"])
-def products(request):
-    """Products by each of the processor's units that has them."""
+@pytest.fixture(scope="module", params=["tiles", "vectors", "emulated_tiles", "floats"])
+def dtype(request):
+    """The numbers that products are of, by each of the processor's units that has some."""
     if request.param == "emulated_tiles":
         found = request.getfixturevalue("emulated_tiles")
     else:
@@ -47,19 +56,20 @@ def products(request):
         there = library is not None and getattr(library, f"has_{request.param}")()
         found = compiled.opened(f"_{request.param}", compiled.PRODUCTS) if there else None
     if found is None:
-        pytest.skip(f"this processor has no {request.param} for bfloat16, or the compiler did not know them")
+        pytest.skip(f"this processor has no {request.param}, or the compiler did not know them")
+    in_float32 = request.param == "floats"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "products", lambda: found)
-        yield
+        patch.setattr(compiled, "floats" if in_float32 else "products", lambda: found)
+        yield torch.float32 if in_float32 else torch.bfloat16
 
 
 def groups_of(channels: int) -> int:
     return next(groups for groups in (32, 8, 4, 3) if channels % groups == 0)
 
 
-def pictures(shape: tuple[int, ...], mean: float = 0.0) -> Tensor:
+def pictures(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.0) -> Tensor:
     torch.manual_seed(0)
-    x = (torch.randn(shape) * 3 + mean).bfloat16()
+    x = (torch.randn(shape) * 3 + mean).to(dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -78,34 +88,35 @@ def wanted(x: Tensor, silu: bool = True) -> Tensor:
     return F.silu(y) if silu else y
 
 
-@needs_library
+@in_all_numbers
 @settings(max_examples=60, deadline=None)
 @given(SHAPES, st.sampled_from((0.0, 1.0, 100.0)), st.booleans())
-def test_a_norm_is_exact_but_for_one_rounding(shape, mean, silu):
-    """Half of bfloat16's last place, and of float32's of what the spread is divided out of."""
-    x = pictures(shape, mean)
+def test_a_norm_is_exact_but_for_one_rounding(dtype, shape, mean, silu):
+    """And half of float32's last place of what the spread is divided out of."""
+    x = pictures(shape, dtype, mean)
     found, exact = normed(x, silu), wanted(x, silu)
     spread = (x.double().reshape(shape[0], groups_of(shape[1]), -1).var(2, correction=0) + 1e-5).sqrt().min()
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert found.dtype == torch.bfloat16
-    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4 + 2**-22 * x.abs().max() / spread).all()
+    assert found.dtype == dtype
+    most = ROUNDING[dtype] * exact.abs() + LEFT[dtype] + 2**-22 * x.abs().max() / spread
+    assert ((found - exact).abs() <= most).all()
 
 
-@needs_library
-def test_silu_over_the_whole_range_of_numbers():
+@in_all_numbers
+def test_silu_over_the_whole_range_of_numbers(dtype):
     """At a norm's size there are none this large, but what overflows in between must not come out as something."""
     x = torch.tensor([-1e4, -500.0, -89.0, -20.0, -7.0, -1.0, -1e-30, 0.0, 1e-30, 1.0, 7.0, 20, 89, 500, 1e4, 3e38])
     # Of zeros nothing is left but the bias.
-    zeros = torch.zeros(1, 16, 1, 1, dtype=torch.bfloat16)
+    zeros = torch.zeros(1, 16, 1, 1, dtype=dtype)
     found, exact = compiled.group_norm(zeros, 16, torch.ones(16), x, 1e-5, True).flatten(), F.silu(x.double())
-    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-33).all()
+    assert ((found - exact).abs() <= ROUNDING[dtype] * exact.abs() + 1e-33).all()
 
 
-@needs_library
+@in_all_numbers
 @settings(max_examples=30, deadline=None)
 @given(SHAPES, st.booleans())
-def test_a_rows_bits_depend_neither_on_the_rows_beside_it_nor_on_threads(shape, silu):
-    x, threads = pictures(shape), torch.get_num_threads()
+def test_a_rows_bits_depend_neither_on_the_rows_beside_it_nor_on_threads(dtype, shape, silu):
+    x, threads = pictures(shape, dtype), torch.get_num_threads()
     together = normed(x, silu)
     assert all(torch.equal(normed(x[i : i + 1], silu), together[i : i + 1]) for i in range(len(x)))
     try:
@@ -116,18 +127,18 @@ def test_a_rows_bits_depend_neither_on_the_rows_beside_it_nor_on_threads(shape, 
         torch.set_num_threads(threads)
 
 
-@needs_library
-def test_any_order_in_memory_will_do_and_the_input_stays():
-    x = pictures((2, 32, 12, 10))
+@in_all_numbers
+def test_any_order_in_memory_will_do_and_the_input_stays(dtype):
+    x = pictures((2, 32, 12, 10), dtype)
     planes, cut = x.contiguous(), F.pad(x, (3, 2, 1, 4))[:, :, 1:-4, 3:-2]
     before = x.clone()
     assert all(torch.equal(normed(other), normed(x)) for other in (planes, cut))
     assert torch.equal(x, before)
 
 
-@needs_library
-def test_what_is_no_number_stays_none_in_its_group_alone():
-    x = pictures((2, 32, 5, 5))
+@in_all_numbers
+def test_what_is_no_number_stays_none_in_its_group_alone(dtype):
+    x = pictures((2, 32, 5, 5), dtype)
     x[1, 0, 2, 3] = torch.nan
     found = normed(x).isnan()
     assert found[1, 0].all()
@@ -140,18 +151,18 @@ def test_without_a_compiler_norms_are_torchs(layer, monkeypatch):
     network = nn.Sequential(layer).bfloat16()
     cpu.accelerate(network)
     assert type(network[0]) in (cpu.QuickGroupNorm, cpu.QuickGroupNormSiLU)
-    x = pictures((1, 12, 9, 7))
+    x = pictures((1, 12, 9, 7), torch.bfloat16)
     silu = isinstance(layer, GroupNormSiLU)
     exact = F.group_norm(x.double(), 4, layer.weight.double(), layer.bias.double(), 1e-5)
     torch.testing.assert_close(network(x).double(), F.silu(exact) if silu else exact, atol=0.05, rtol=0.02)
 
 
-@needs_library
-def test_with_one_they_are_the_packages():
+@in_all_numbers
+def test_with_one_they_are_the_packages(dtype):
     network = nn.Sequential(
-        nn.GroupNorm(4, 12), GroupNormSiLU(4, 12), nn.LayerNorm(32), nn.LayerNorm(33), nn.GroupNorm(4, 12).float()
+        nn.GroupNorm(4, 12), GroupNormSiLU(4, 12), nn.LayerNorm(32), nn.LayerNorm(33), nn.GroupNorm(4, 12).double()
     )
-    network[:4].bfloat16()
+    network[:4].to(dtype)
     cpu.accelerate(network)
     assert [type(layer) for layer in network] == [
         cpu.CompiledGroupNorm,
@@ -163,19 +174,35 @@ def test_with_one_they_are_the_packages():
     assert [layer.silu for layer in network[:2]] == [False, True]
 
 
-@needs_library
+@in_all_numbers
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 100), st.sampled_from((32, 160, 768, 2048)), st.sampled_from((0.0, 1.0, 100.0)))
-def test_a_layers_norm_is_exact_but_for_one_rounding(tokens, wide, mean):
+def test_a_layers_norm_is_exact_but_for_one_rounding(dtype, tokens, wide, mean):
     torch.manual_seed(0)
-    x, (weight, bias) = (torch.randn(2, tokens, wide) * 3 + mean).bfloat16(), scale_and_shift(wide)
-    exact = F.layer_norm(x.double(), (wide,), weight.double(), bias.double())
-    found = compiled.layer_norm(x, compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5)
-    assert ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4 + 2**-22 * x.abs().max()).all()
-    assert torch.equal(compiled.layer_norm(x[:1], compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5), found[:1])
+    x, layer = (torch.randn(2, tokens, wide) * 3 + mean).to(dtype), nn.LayerNorm(wide).requires_grad_(False)
+    layer.weight.data, layer.bias.data = (vector.to(dtype) for vector in scale_and_shift(wide))
+    exact = F.layer_norm(x.double(), (wide,), layer.weight.double(), layer.bias.double())
+    normed = cpu.CompiledLayerNorm(layer)
+    layer.weight.data = layer.bias.data = torch.empty(0)  # it has its own
+    found = normed(x)
+    most = ROUNDING[dtype] * exact.abs() + LEFT[dtype] + 2**-22 * x.abs().max()
+    assert ((found - exact).abs() <= most).all()
+    assert torch.equal(normed(x[:1]), found[:1])
     x[1, 0, 3] = torch.inf
-    found = compiled.layer_norm(x, compiled.in_pairs(weight), compiled.in_pairs(bias), 1e-5)
-    assert found.isfinite().all(dim=-1).sum() == 2 * tokens - 1
+    assert normed(x).isfinite().all(dim=-1).sum() == 2 * tokens - 1
+
+
+@needs_floats
+def test_weights_may_lie_anywhere_in_memory_as_they_do_in_files():
+    apart = torch.randn(1 + 64 + 64 * 64)  # their first numbers are on no 8 bytes
+    norm, x = nn.LayerNorm(64).requires_grad_(False), torch.randn(1, 3, 64)
+    norm.weight.data, norm.bias.data = apart[1:65], apart[1:65]
+    exact = norm(x)
+    torch.testing.assert_close(cpu.CompiledLayerNorm(norm)(x), exact)
+    weight = apart[65:].view(64, 64)
+    torch.testing.assert_close(
+        compiled.linear(x, compiled.tiled(weight), apart[1:65]), F.linear(x, weight, apart[1:65])
+    )
 
 
 def test_a_file_that_cannot_be_loaded_is_as_none(monkeypatch, tmp_path):
@@ -187,38 +214,36 @@ def test_a_file_that_cannot_be_loaded_is_as_none(monkeypatch, tmp_path):
 
 
 def rounded_once(found: Tensor, exact: Tensor) -> bool:
-    """Half of bfloat16's last place, and what adding up in float32 leaves of numbers about one."""
-    return bool(((found - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all())
+    return bool(((found - exact).abs() <= ROUNDING[found.dtype] * exact.abs() + LEFT[found.dtype]).all())
 
 
-def weights(*shape: int) -> tuple[Tensor, Tensor]:
-    return (torch.randn(shape) * shape[1] ** -0.5).bfloat16(), torch.randn(shape[0])
+def weights(dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
+    return (torch.randn(shape) * shape[1] ** -0.5).to(dtype), torch.randn(shape[0])
 
 
 LAYERS = st.tuples(st.integers(1, 5), st.integers(1, 5))  # sixteens of outputs, thirty-twos of inputs
+ATTENDED = {torch.bfloat16: 2**-7, torch.float32: 1e-5}  # of the largest value
 
 
-@needs_products
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 100), LAYERS, st.booleans(), st.booleans())
-def test_a_linear_layer_is_exact_but_for_one_rounding(tokens, layer, gelu, scaled):
+def test_a_linear_layer_is_exact_but_for_one_rounding(dtype, tokens, layer, gelu, scaled):
     torch.manual_seed(0)
-    (weight, bias), x = weights(16 * layer[0], 32 * layer[1]), torch.randn(1, tokens, 32 * layer[1]).bfloat16()
-    factor = torch.randn(1, tokens, len(bias)).bfloat16() if scaled else None
+    (weight, bias), x = weights(dtype, 16 * layer[0], 32 * layer[1]), torch.randn(1, tokens, 32 * layer[1]).to(dtype)
+    factor = torch.randn(1, tokens, len(bias)).to(dtype) if scaled else None
     exact = x.double() @ weight.double().T + bias
     exact = (F.gelu(exact) if gelu else exact) * (1 if factor is None else factor)
     found = compiled.linear(x, compiled.tiled(weight), bias, gelu, factor)
-    assert found.dtype == torch.bfloat16
+    assert found.dtype == dtype
     assert rounded_once(found, exact)
 
 
-@needs_products
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), LAYERS, st.integers(0, 31), st.integers(1, 2))
-def test_a_convolution_is_exact_but_for_one_rounding(rows, height, width, layer, fewer, stride):
+def test_a_convolution_is_exact_but_for_one_rounding(dtype, rows, height, width, layer, fewer, stride):
     torch.manual_seed(0)
     outer, inner = 16 * layer[0], 32 * layer[1] - fewer
-    (weight, bias), x = weights(outer, inner, 3, 3), torch.randn(rows, inner, height, width).bfloat16()
+    (weight, bias), x = weights(dtype, outer, inner, 3, 3), torch.randn(rows, inner, height, width).to(dtype)
     found = compiled.convolve(x, compiled.tiled(weight), bias, stride)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding=1)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -227,13 +252,15 @@ def test_a_convolution_is_exact_but_for_one_rounding(rows, height, width, layer,
     assert torch.equal(last, found)
 
 
-@needs_products
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 5), st.integers(1, 9), st.integers(1, 9), LAYERS)
-def test_bits_of_products_depend_neither_on_the_rows_beside_nor_on_threads(rows, height, width, layer):
+def test_bits_of_products_depend_neither_on_the_rows_beside_nor_on_threads(dtype, rows, height, width, layer):
     torch.manual_seed(0)
-    (weight, bias), (conv, _) = weights(16 * layer[0], 32 * layer[1]), weights(16 * layer[0], 32 * layer[1], 3, 3)
-    pictures_of = torch.randn(rows, 32 * layer[1], height, width).bfloat16()
+    (weight, bias), (conv, _) = (
+        weights(dtype, 16 * layer[0], 32 * layer[1]),
+        weights(dtype, 16 * layer[0], 32 * layer[1], 3, 3),
+    )
+    pictures_of = torch.randn(rows, 32 * layer[1], height, width).to(dtype)
     tokens = pictures_of.flatten(2).transpose(1, 2)
 
     def both(i: slice) -> tuple[Tensor, Tensor]:
@@ -250,41 +277,38 @@ def test_bits_of_products_depend_neither_on_the_rows_beside_nor_on_threads(rows,
         torch.set_num_threads(threads)
 
 
-@needs_products
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 600), st.integers(1, 3), st.sampled_from((32, 64, 512)))
-def test_attention(rows, queries, keys, heads, head_dim):
-    """Queries beside their keys and values, as one layer makes them; weights are rounded to bfloat16 besides."""
+def test_attention(dtype, rows, queries, keys, heads, head_dim):
+    """Queries beside their keys and values, as one layer makes them; weights are rounded besides."""
     torch.manual_seed(0)
-    wide, together = heads * head_dim, torch.randn(rows, max(queries, keys), 3 * heads * head_dim).bfloat16()
+    wide, together = heads * head_dim, torch.randn(rows, max(queries, keys), 3 * heads * head_dim).to(dtype)
     q, (k, v) = together[:, :queries, :wide], together[:, :keys, wide:].chunk(2, dim=-1)
     exact = DotProductAttention(head_dim)(q.double(), k.double(), v.double())
     found = compiled.attend(q, k, v, head_dim)
-    assert found.dtype == torch.bfloat16
-    assert (found - exact).abs().max() <= 2**-7 * v.abs().max()
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= ATTENDED[dtype] * v.abs().max()
     beside = k.contiguous(), torch.cat([v, v], dim=-1)[..., :wide]  # keys and values that lie differently
     assert torch.equal(compiled.attend(q.contiguous(), *beside, head_dim), found)
     alone = [compiled.attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], head_dim) for i in range(rows)]
     assert torch.equal(torch.cat(alone), found)
 
 
-@needs_products
 @pytest.mark.parametrize("last", [3, -3], ids=["rising", "falling"])
-def test_attention_where_scores_go_far_up_or_down_from_key_to_key(last):
+def test_attention_where_scores_go_far_up_or_down_from_key_to_key(dtype, last):
     """Keys are gone through some hundred at a time: what was summed before a higher score must count for less."""
     torch.manual_seed(0)
-    k = torch.linspace(-last, last, 700)[:, None].expand(1, 700, 32).bfloat16()
-    q, v = torch.ones(1, 40, 32).bfloat16(), torch.randn(1, 700, 32).bfloat16()
+    k = torch.linspace(-last, last, 700)[:, None].expand(1, 700, 32).to(dtype)
+    q, v = torch.ones(1, 40, 32).to(dtype), torch.randn(1, 700, 32).to(dtype)
     exact = DotProductAttention(32)(q.double(), k.double(), v.double())
-    assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= 2**-7 * v.abs().max()
+    assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= ATTENDED[dtype] * v.abs().max()
 
 
-@needs_products
-def test_attention_to_scores_far_apart_and_to_what_is_no_number():
-    q, k, v = torch.randn(1, 20, 32).bfloat16(), *(torch.randn(1, 400, 32).bfloat16() for _ in range(2))
+def test_attention_to_scores_far_apart_and_to_what_is_no_number(dtype):
+    q, k, v = torch.randn(1, 20, 32).to(dtype), *(torch.randn(1, 400, 32).to(dtype) for _ in range(2))
     q *= 256
     exact = DotProductAttention(32)(q.double(), k.double(), v.double())
-    assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= 2**-7 * v.abs().max()
+    assert (compiled.attend(q, k, v, 32) - exact).abs().max() <= ATTENDED[dtype] * v.abs().max()
     for key, number in ((3, torch.nan), (390, torch.nan), (3, torch.inf)):
         spoiled = k.clone()
         spoiled[0, key, 5] = number
@@ -293,37 +317,36 @@ def test_attention_to_scores_far_apart_and_to_what_is_no_number():
     assert compiled.attend(q, k, v, 32).isnan().all()
 
 
-@needs_products
-def test_infinities_and_what_is_no_number_are_seen_after_a_layer():
+def test_infinities_and_what_is_no_number_are_seen_after_a_layer(dtype):
     """What the network cannot compute must not come out as a picture."""
-    (weight, bias), x = weights(32, 64), torch.randn(3, 64).bfloat16()
+    (weight, bias), x = weights(dtype, 32, 64), torch.randn(3, 64).to(dtype)
     x[1, 5], x[2, 7] = torch.nan, torch.inf
     finite = compiled.linear(x, compiled.tiled(weight), bias).isfinite().all(dim=1)
     assert finite.tolist() == [True, False, False]
 
 
-def layers_of(layer: nn.Module) -> set[type[nn.Module]]:
-    network = nn.Sequential(layer).bfloat16()
+def layers_of(layer: nn.Module, dtype: torch.dtype) -> set[type[nn.Module]]:
+    network = nn.Sequential(layer).to(dtype)
     cpu.accelerate(network)
     return {type(part) for part in network.modules()} - {nn.Sequential}
 
 
-@needs_products
-def test_small_layers_are_ours_and_large_ones_onednns():
-    assert layers_of(nn.Linear(320, 640)) == layers_of(VectorLinear(320, 2048)) == {TiledLinear}
-    assert layers_of(nn.Linear(640, 640)) == layers_of(nn.Linear(320, 24)) == {cpu.PackedLinear}
-    assert layers_of(GEGLU(192, 768)) == {cpu.PackedGEGLU, TiledLinear}
-    assert layers_of(nn.Conv2d(352, 192, 1)) == {cpu.PointwiseConv2d, TiledLinear}
-    assert layers_of(nn.Conv2d(352, 192, 3, padding=1)) == {cpu.PackedConv2d, TiledConv2d}
-    assert layers_of(Upsample(192)) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
+def test_small_layers_are_ours_and_large_ones_onednns(dtype):
+    assert layers_of(nn.Linear(320, 640), dtype) == layers_of(VectorLinear(320, 2048), dtype) == {TiledLinear}
+    assert layers_of(nn.Linear(640, 640), dtype) == layers_of(nn.Linear(320, 24), dtype) == {cpu.PackedLinear}
+    assert layers_of(GEGLU(192, 768), dtype) == {cpu.PackedGEGLU, TiledLinear}
+    assert layers_of(nn.Conv2d(352, 192, 1), dtype) == {cpu.PointwiseConv2d, TiledLinear}
+    assert layers_of(nn.Conv2d(352, 192, 3, padding=1), dtype) == {cpu.PackedConv2d, TiledConv2d}
+    assert layers_of(Upsample(192), dtype) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
     for ours in (nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(16, 64, 3, padding=1)):
-        assert layers_of(ours) == {cpu.PackedConv2d, TiledConv2d}
+        assert layers_of(ours, dtype) == {cpu.PackedConv2d, TiledConv2d}
     for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, (1, 2), 1), nn.Conv2d(64, 24, 3, padding=1)):
-        assert layers_of(other) == {cpu.PackedConv2d}
+        assert layers_of(other, dtype) == {cpu.PackedConv2d}
 
 
-def test_without_products_small_layers_are_onednns(monkeypatch):
-    monkeypatch.setattr(compiled, "products", lambda: None)
-    assert layers_of(nn.Linear(320, 640)) == {cpu.PackedLinear}
-    assert layers_of(nn.Conv2d(64, 64, 3, padding=1)) == {cpu.PackedConv2d}
-    assert layers_of(VectorLinear(320, 640)) == {VectorLinear}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_products_small_layers_are_onednns(dtype, monkeypatch):
+    monkeypatch.setattr(compiled, "where", lambda name, dtype: None)
+    assert layers_of(nn.Linear(320, 640), dtype) == {cpu.PackedLinear}
+    assert layers_of(nn.Conv2d(64, 64, 3, padding=1), dtype) == {cpu.PackedConv2d}
+    assert layers_of(VectorLinear(320, 640), dtype) == {VectorLinear}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SPARK, Blank, Loads, engine_of, needs_weights
+from conftest import SPARK, Blank, Loads, engine_of, needs_bfloat16, needs_weights
 
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.engine import Engine, Runner
@@ -456,6 +456,7 @@ def test_ten_thousand_jobs_leave_no_objects_behind() -> None:
 
 
 @needs_weights
+@needs_bfloat16
 def test_the_embedded_models_pictures_in_half_precision_are_those_of_full_precision() -> None:
     """50 dB and more were measured; 40 dB is beyond what people can see."""
     exact, half = (Pipeline.load(SPARK, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))

@@ -25,6 +25,7 @@ from fulgurite.training.evaluation.styles import styles
 from fulgurite.training.evaluation.wordings import wordings
 from fulgurite.training.latents import scene_at
 from fulgurite.training.loop import Run, TimeIsUpError
+from fulgurite.training.precision import half
 from fulgurite.training.prompts import Wording
 from fulgurite.training.recipe import students_inside
 from fulgurite.training.scenes import LINKS, Scene, held_out_style, places
@@ -60,8 +61,8 @@ def an_evaluation(sprites: Sprites, folder: Path, run: Run, tokens: int = 24) ->
     tokenizer = Tokenizer.from_folder(folder, tokens)
     save_file(dict(roughened(UNet(UNET)).state_dict()), folder / "unet.safetensors")
     networks = Networks(
-        (tokenizer, tokenizer), tuple(CLIPTextEncoder(config).bfloat16().eval() for config in (FIRST, SECOND)),
-        UNet(UNET), VAE(SMALL_VAE).bfloat16().eval(), "v",
+        (tokenizer, tokenizer), tuple(CLIPTextEncoder(config).to(half("cpu")).eval() for config in (FIRST, SECOND)),
+        UNet(UNET), VAE(SMALL_VAE).to(half("cpu")).eval(), "v",
     )  # fmt: skip
     return Evaluation(CARD, networks, sprites, folder / "evaluation", 10, 1, run)
 

@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from conftest import SPARK, Loads, drawn, needs_weights
+from conftest import DTYPES, SPARK, Loads, drawn, needs_weights
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import Card
 from fulgurite.engine import Engine, Load, Loader, Runner
 from fulgurite.errors import NotFiniteError
-from fulgurite.pipeline import Encoded, Row
+from fulgurite.pipeline import Encoded, Row, usual_dtype
 from fulgurite.request import Preview
 
 SPARK_LIGHTNING = "fulgurite/spark-lightning"
@@ -128,7 +128,7 @@ class Counted(Pipeline):
         super().step(rows, batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_picture_is_the_same_to_the_bit_whoever_shares_its_batch(
     tiny: Pipeline, dtype: torch.dtype, distilled: bool, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +168,7 @@ class Poisoned(Counted):
 
 
 def test_a_row_that_is_no_numbers_fails_alone_and_changes_no_bit_of_the_others(tiny: Pipeline) -> None:
-    pipeline = in_precision(tiny, tiny.card, torch.bfloat16, Poisoned)
+    pipeline = in_precision(tiny, tiny.card, usual_dtype("cpu"), Poisoned)
     requests = [Request("night", width=256, height=256, num_steps=3, seed=seed) for seed in range(4)]
     with closing(Engine(lambda: Runner(Loads(pipeline)))) as engine:
         poisoned = engine.submit(SPARK, replace(requests[0], prompt="poison"))
@@ -189,7 +189,7 @@ def two_threads() -> Iterator[None]:
 
 @needs_weights
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", [SPARK, SPARK_LIGHTNING])
 def test_the_embedded_models_latents_are_the_same_to_the_bit_whoever_shares_the_batch(
     model: str, dtype: torch.dtype

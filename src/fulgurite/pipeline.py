@@ -98,7 +98,7 @@ class Pipeline:
         """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
         networks = self.networks
         fuse(networks.unet)
-        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
+        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16 if cpu.has_bfloat16() else None):
             if eight_bits:
                 int8.accelerate(networks.unet)
                 int8.accelerate(networks.vae.decoder)
@@ -286,8 +286,7 @@ def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:
     """What a device computes fastest in without harm: half the bits, where its processor has instructions for them."""
     if device.startswith("cuda"):
         return torch.bfloat16 if eight_bits else torch.float16  # of 8 bits not all GPUs give float16
-    onednn = torch.backends.mkldnn.is_available()  # not in every build: torch's for Apple's processors may lack it
-    return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu.has_bfloat16() else torch.float32
 
 
 def zeros_like(encoded: Encoded) -> Encoded:

@@ -15,9 +15,11 @@ MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
 
-FUNCTIONS: dict[str, list] = {
+NORMS: dict[str, list] = {
     "group_norm": [POINTER] * 5 + [NUMBER] * 5 + [ctypes.c_double, INT, INT],
     "layer_norm": [POINTER] * 4 + [NUMBER] * 2 + [ctypes.c_double, INT],
+}
+EIGHT_BITS: dict[str, list] = {
     "quantize": [POINTER] * 3 + [NUMBER] * 2 + [INT],
     "dequantize": [POINTER] * 5 + [NUMBER] * 2 + [INT],
     "bounds": [POINTER] * 2 + [NUMBER] * 2 + [INT],
@@ -46,13 +48,13 @@ def opened(name: str, functions: dict[str, list]) -> ctypes.CDLL | None:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions that any processor can run."""
-    return opened("_compiled", FUNCTIONS)
+    """Norms in bfloat16 and rounding to 8 bits, for any processor."""
+    return opened("_compiled", NORMS | EIGHT_BITS)
 
 
 @cache
 def products() -> ctypes.CDLL | None:
-    """``linear``, ``convolve`` and ``attend`` for this processor's matrix tiles (AMX), else for its vectors.
+    """Products in bfloat16 for this processor's matrix tiles (AMX), else for its vectors.
 
     None where it is no x86 processor, or its vectors do not multiply bfloat16 (AVX-512 BF16).
     """
@@ -61,9 +63,25 @@ def products() -> ctypes.CDLL | None:
     return tiles or (opened("_vectors", PRODUCTS) if found and found.has_vectors() else None)
 
 
-def call(name: str, *arguments: float | None) -> None:
-    """Calls a function of these, with as many threads as torch has."""
-    compiled = products() if name in PRODUCTS else library()
+@cache
+def floats() -> ctypes.CDLL | None:
+    """Norms and products in float32. None where it is no x86 processor of the last ten years (AVX2, FMA)."""
+    found = library()
+    return opened("_floats", NORMS | PRODUCTS) if found and found.has_floats() else None
+
+
+def where(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """What has this function for such numbers."""
+    if dtype == torch.float32:
+        return floats() if name in NORMS | PRODUCTS else None
+    if dtype == torch.bfloat16:
+        return products() if name in PRODUCTS else library()
+    return None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
+    """Calls a function for such numbers, with as many threads as torch has."""
+    compiled = where(name, dtype)
     assert compiled
     getattr(compiled, name)(*arguments, torch.get_num_threads())
 
@@ -78,36 +96,47 @@ def keep_apart() -> bool:
     return bool(found and found.keep_apart(torch.get_num_threads()))
 
 
-def in_bfloat16(x: Tensor) -> Tensor:
-    """The tensor in bfloat16. It usually is; checking here is cheaper than a no-op ``Tensor.to``."""
-    return x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in such numbers. It usually is; checking here is cheaper than a no-op ``Tensor.to``."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    """Group normalization, and SiLU after it where ``silu``: pictures ``[B, C, h, w]`` in bfloat16, channels last.
+    """Group normalization, and SiLU after it where ``silu``: pictures ``[B, C, h, w]``, channels last.
 
-    ``weight`` and ``bias`` ``[C]`` are in float32. Computed in float32, sums in float64, and rounded once.
+    They are in bfloat16 or float32, ``weight`` and ``bias`` ``[C]`` in float32. Computed in float32, sums of parts in
+    float64, and rounded once.
     """
-    x = in_bfloat16(x).contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
     rows, channels, height, width = x.shape
     assert weight.shape == (channels,)
     part = max(1, PART // channels)  # pixels
     parts = -(-height * width // part)
     y, scratch = torch.empty_like(x), torch.empty(rows * (2 * groups * parts + channels), dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias, scratch))
-    call("group_norm", *pointers, rows, height * width, channels, groups, part, eps, silu)
+    call("group_norm", x.dtype, *pointers, rows, height * width, channels, groups, part, eps, silu)
     return y
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer normalization of tokens ``[..., D]`` in bfloat16; ``weight`` and ``bias``: from ``in_pairs``."""
-    x, (wide,) = in_bfloat16(x).contiguous(), weight.shape
+    """Layer normalization of tokens ``[..., D]``; ``weight`` and ``bias``: from ``for_norm``."""
+    x, (wide,) = x.contiguous(), weight.shape
     assert x.shape[-1] == wide
     assert wide % PAIR == 0
     y = torch.empty_like(x)
     pointers = (tensor.data_ptr() for tensor in (x, y, weight, bias))
-    call("layer_norm", *pointers, x.numel() // wide, wide, eps)
+    call("layer_norm", x.dtype, *pointers, x.numel() // wide, wide, eps)
     return y
+
+
+def fits_norm(weight: Tensor) -> bool:
+    """Whether ``layer_norm`` takes a layer of this weight ``[D]``."""
+    return where("layer_norm", weight.dtype) is not None and weight.shape[-1] % PAIR == 0
+
+
+def for_norm(vector: Tensor) -> Tensor:
+    """A weight or bias ``[D]`` for tokens in its own numbers: in float32, and aligned, as it may not be in a file."""
+    return in_pairs(vector) if vector.dtype == torch.bfloat16 else vector.detach().clone()
 
 
 def fits_pairs(x: Tensor) -> bool:
@@ -123,7 +152,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     assert fits_pairs(x)
     x = x.contiguous()
     values, scales = torch.empty_like(x, dtype=torch.uint8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    call("quantize", x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1])
+    call("quantize", torch.bfloat16, x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1])
     return values, scales
 
 
@@ -132,7 +161,7 @@ def bounds(pixels: Tensor) -> tuple[float, float]:
     found, line = torch.empty(2), pixels.shape[-2] * pixels.shape[-1]
     assert fits_pairs(pixels)
     assert pixels.is_contiguous()
-    call("bounds", pixels.data_ptr(), found.data_ptr(), pixels.numel() // line, line)
+    call("bounds", torch.bfloat16, pixels.data_ptr(), found.data_ptr(), pixels.numel() // line, line)
     return float(found[0]), float(found[1])
 
 
@@ -143,7 +172,7 @@ def quantize_picture(pixels: Tensor, steps: float, zero: int) -> Tensor:
     assert rows == 1
     values = torch.empty(1, height + 2, width + 2, channels, dtype=torch.uint8)
     assert pixels.is_contiguous()
-    call("quantize_picture", pixels.data_ptr(), values.data_ptr(), height, width, channels, steps, zero)
+    call("quantize_picture", torch.bfloat16, pixels.data_ptr(), values.data_ptr(), height, width, channels, steps, zero)
     return values
 
 
@@ -167,7 +196,7 @@ def dequantize(
         assert product.is_contiguous()
         assert product.numel() == tokens * wide
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (y, gate, scales, bias, gate_bias))
-    call("dequantize", *pointers, tokens, wide)
+    call("dequantize", torch.bfloat16, *pointers, tokens, wide)
     return y
 
 
@@ -175,56 +204,56 @@ def fits_tiles(weight: Tensor) -> bool:
     """Whether there are products, and a layer's weight ``[outer, inner, ...]`` comes to whole tiles."""
     outer, inner = weight.shape[:2]
     whole = inner % DEPTH == 0 or weight.shape[2:] == (3, 3)  # pictures are copied, with what they lack
-    return products() is not None and weight.dtype == torch.bfloat16 and outer % SIDE == 0 and whole
+    return where("linear", weight.dtype) is not None and outer % SIDE == 0 and whole
 
 
 def tiled(weight: Tensor) -> Tensor:
     """A linear layer's weight ``[outer, inner]`` or a convolution's ``[outer, inner, 3, 3]`` as products want it.
 
-    ``[outer / 16, taps, inner / 32, 16, 16, 2]``: pairs of inputs are innermost, then sixteen outputs. What inner lacks
-    to whole thirty-twos is zeros.
+    ``[outer / 16, taps, inner / 32, ...]``: in float32 ``[32, 16, 1]``, in bfloat16 ``[16, 16, 2]``, where pairs of
+    inputs are innermost. What inner lacks to whole thirty-twos is zeros.
     """
-    taps = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None]
+    taps, together = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None], 4 // weight.itemsize
     taps = F.pad(taps, (0, -taps.shape[2] % DEPTH))
-    pairs = taps.unflatten(2, (-1, DEPTH // 2, 2)).unflatten(1, (-1, SIDE))  # [taps, outer / 16, 16, inner / 32, 16, 2]
-    return pairs.permute(1, 0, 3, 4, 2, 5).contiguous()
+    inputs = taps.unflatten(2, (-1, DEPTH // together, together))
+    return inputs.unflatten(1, (-1, SIDE)).permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: Tensor | None = None) -> Tensor:
-    """A linear layer of tokens ``[..., inner]`` in bfloat16, GELU after it where ``gelu``, then times ``factor``.
+    """A linear layer of tokens ``[..., inner]``, GELU after it where ``gelu``, then times ``factor``.
 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``factor``: of the output's shape. A token's bits do
     not depend on the tokens beside it.
     """
-    x, (outer,), inner = in_bfloat16(x).contiguous(), bias.shape, x.shape[-1]
-    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else in_bfloat16(factor).contiguous()
+    x, (outer,), inner = in_dtype(x, weight.dtype).contiguous(), bias.shape, x.shape[-1]
+    y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else in_dtype(factor, x.dtype).contiguous()
     assert inner == weight.shape[2] * DEPTH
     assert by is None or by.shape == y.shape
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
-    call("linear", *pointers, x.numel() // inner, inner, outer, gelu)
+    call("linear", x.dtype, *pointers, x.numel() // inner, inner, outer, gelu)
     return y
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """A 3x3 convolution of pictures ``[B, channels, h, w]`` in bfloat16, zeros around them, to channels-last ones.
+    """A 3x3 convolution of pictures ``[B, channels, h, w]``, zeros around them, to channels-last ones.
 
     ``weight``: from ``tiled``; ``bias``: ``[outer]`` in float32; ``stride``: pixels from one output to the next.
     """
-    x = in_bfloat16(x).contiguous(memory_format=torch.channels_last)
+    x = in_dtype(x, weight.dtype).contiguous(memory_format=torch.channels_last)
     (pictures, channels, height, width), (outer,) = x.shape, bias.shape
     inner, outputs = weight.shape[2] * DEPTH, ((side - 1) // stride + 1 for side in (height, width))
     assert 0 <= inner - channels < DEPTH
     y = torch.empty(pictures, outer, *outputs, dtype=x.dtype, memory_format=torch.channels_last)
     padded = x.new_empty(pictures, height + 2, width + 2, inner)
     pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
-    call("convolve", *pointers, pictures, height, width, channels, inner, outer, stride)
+    call("convolve", x.dtype, *pointers, pictures, height, width, channels, inner, outer, stride)
     return y
 
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
-    half = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return products() is not None and half and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
+    alike = q.dtype == k.dtype == v.dtype
+    return where("attend", q.dtype) is not None and alike and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
@@ -240,5 +269,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
     y, scratch = q.new_empty(rows, queries, wide), q.new_empty(2, rows, -(-keys // DEPTH) * DEPTH, wide)
     sizes = q.stride(1), k.stride(1), rows, queries, keys, wide // head_dim, head_dim
-    call("attend", *(tensor.data_ptr() for tensor in (q, k, v, y, scratch)), *sizes, head_dim**-0.5)
+    call("attend", q.dtype, *(tensor.data_ptr() for tensor in (q, k, v, y, scratch)), *sizes, head_dim**-0.5)
     return y

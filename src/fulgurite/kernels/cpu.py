@@ -54,6 +54,11 @@ def of_glibc(name: str) -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
+def has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor. Torch's builds for Apple's processors may lack it."""
+    return torch.backends.mkldnn.is_available() and ops._is_mkldnn_bf16_supported()
+
+
 class PackedLinear(nn.Module):
     """A linear layer, with what comes after it: a function such as "gelu"."""
 
@@ -258,26 +263,29 @@ class QuickGroupNormSiLU(GroupNormSiLU):
 
 
 class CompiledGroupNorm(nn.Module):
-    """A norm in bfloat16 by the package's own kernel, with SiLU where the plain layer has it."""
+    """A norm by the package's own kernel, with SiLU where the plain layer has it."""
 
     def __init__(self, plain: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps, self.silu = plain.num_groups, plain.eps, isinstance(plain, GroupNormSiLU)
         self.weight, self.bias = (tensor.detach().float() for tensor in (plain.weight, plain.bias))
+        self.dtype = plain.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        x = compiled.in_dtype(x, self.dtype)
         return compiled.group_norm(x, self.groups, self.weight, self.bias, self.eps, self.silu)
 
 
 class CompiledLayerNorm(nn.Module):
-    """A norm of tokens in bfloat16 by the package's own kernel."""
+    """A norm of tokens by the package's own kernel."""
 
     def __init__(self, plain: nn.LayerNorm) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = compiled.in_pairs(plain.weight), compiled.in_pairs(plain.bias), plain.eps
+        self.weight, self.bias, self.eps = compiled.for_norm(plain.weight), compiled.for_norm(plain.bias), plain.eps
+        self.dtype = plain.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return compiled.layer_norm(x, self.weight, self.bias, self.eps)
+        return compiled.layer_norm(compiled.in_dtype(x, self.dtype), self.weight, self.bias, self.eps)
 
 
 def accelerate(network: nn.Module) -> None:
@@ -302,9 +310,9 @@ def accelerate(network: nn.Module) -> None:
                 setattr(network, name, PackedUpsample(layer))
             case DotProductAttention():
                 setattr(network, name, CachedAttention(layer.head_dim))
-            case nn.GroupNorm() if layer.weight.dtype == torch.bfloat16 and compiled.library():
+            case nn.GroupNorm() if compiled.where("group_norm", layer.weight.dtype):
                 setattr(network, name, CompiledGroupNorm(layer))
-            case nn.LayerNorm() if compiled.fits_pairs(layer.weight):
+            case nn.LayerNorm() if compiled.fits_norm(layer.weight):
                 setattr(network, name, CompiledLayerNorm(layer))
             case GroupNormSiLU():
                 layer.__class__ = QuickGroupNormSiLU

@@ -1,5 +1,5 @@
 /*
-Group normalization (Wu and He, arXiv 1803.08494) of channels-last pictures in bfloat16, and SiLU with it.
+Group normalization (Wu and He, arXiv 1803.08494) of channels-last pictures, and SiLU with it.
 
 torch reads a picture twice and writes it for the norm, then reads and writes it again for SiLU, with exact functions; of
 small pictures with narrow groups it wants planes besides, which have to be turned around before and after. Here it is
@@ -13,23 +13,23 @@ threads would fight torch's for the cores.
 #include "vectors.h"
 
 /* Of x's first numbers at most a pair of vectors; where there are fewer, the pair's own are left. */
-INLINE words loaded(const uint16_t *x, long count, words pair) {
-    if (count >= PAIR)
-        memcpy(&pair, x, sizeof pair);
-    else
-        memcpy(&pair, x, 2 * count);
-    return pair;
+INLINE pairs loaded(const number *x, long count, pairs pair) {
+    if (count >= PAIR) return load_pairs(x);
+    number some[PAIR];
+    store_pairs(pair, some);
+    memcpy(some, x, count * sizeof *x);
+    return load_pairs(some);
 }
 
 /* Adds up numbers that are a span apart, less those from which to count, and their squares; a span's floats are in the
 order that pairs give them. */
-EACH void add_up(const uint16_t *x, long count, long span, const floats *from, floats *plain, floats *squared) {
+EACH void add_up(const number *x, long count, long span, const floats *from, floats *plain, floats *squared) {
     memset(plain, 0, 4 * span);
     memset(squared, 0, 4 * span);
     for (; count > 0; count -= span, x += span)
         for (long i = 0; i < span && i < count; i += PAIR) {
             long at = i / LANES;
-            words pair = loaded(x + i, count - i, paired(from[at], from[at + 1])); /* nothing, less itself */
+            pairs pair = loaded(x + i, count - i, paired(from[at], from[at + 1])); /* nothing, less itself */
             floats even = evens(pair) - from[at], odd = odds(pair) - from[at + 1];
             plain[at] += even, plain[at + 1] += odd;
             squared[at] += even * even, squared[at + 1] += odd * odd;
@@ -37,37 +37,32 @@ EACH void add_up(const uint16_t *x, long count, long span, const floats *from, f
 }
 
 /* Scales and shifts numbers, alike those that are a span apart. */
-EACH void apply(const uint16_t *x, uint16_t *y, long count, long span, const floats *scale, const floats *shift,
+EACH void apply(const number *x, number *y, long count, long span, const floats *scale, const floats *shift,
                 int with_silu) {
     for (; count > 0; count -= span, x += span, y += span)
         for (long i = 0; i < span && i < count; i += PAIR) {
-            words pair = loaded(x + i, count - i, (words){});
+            pairs pair = loaded(x + i, count - i, (pairs){});
             long at = i / LANES;
             floats even = evens(pair) * scale[at] + shift[at], odd = odds(pair) * scale[at + 1] + shift[at + 1];
             pair = with_silu ? paired(silu(even), silu(odd)) : paired(even, odd);
-            if (count - i >= PAIR)
-                memcpy(y + i, &pair, sizeof pair);
-            else
-                memcpy(y + i, &pair, 2 * (count - i));
+            if (count - i >= PAIR) {
+                store_pairs(pair, y + i);
+            } else {
+                number some[PAIR];
+                store_pairs(pair, some);
+                memcpy(y + i, some, (count - i) * sizeof *y);
+            }
         }
 }
 
-/* Where the float of a span's i-th number is. */
-INLINE long place(long i) { return i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2; }
-
 /* A group's first number: counted from it, squares lose nothing where a mean is far larger than what is spread. */
-INLINE float first_of(const uint16_t *row, long group, long wide) {
-    uint32_t word = (uint32_t)row[group * wide] << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-}
+INLINE float first_of(const number *row, long group, long wide) { return widened(row[group * wide]); }
 
 /*
 x, y: rows of pixels of channels. weight, bias: of the channels. part: pixels that one thread goes through at a time.
 scratch: rows * (2 * groups * parts + channels) doubles, of as many parts as a row has.
 */
-void group_norm(const uint16_t *x, uint16_t *y, const float *weight, const float *bias, double *scratch, long rows,
+void group_norm(const number *x, number *y, const float *weight, const float *bias, double *scratch, long rows,
                 long pixels, long channels, long groups, long part, double eps, int with_silu, int threads) {
     long parts = (pixels + part - 1) / part, wide = channels / groups, repeat = channels < 512 ? 512 / channels : 1;
     while (channels * repeat % PAIR) repeat++;
@@ -81,7 +76,7 @@ void group_norm(const uint16_t *x, uint16_t *y, const float *weight, const float
         floats scale[span / LANES], shift[span / LANES];
 #pragma omp for schedule(static)
         for (long job = 0; job < rows * parts; job++) {
-            const uint16_t *row = x + job / parts * pixels * channels;
+            const number *row = x + job / parts * pixels * channels;
             long first = job % parts * part, count = pixels - first;
             for (long i = 0; i < span; i++) ((float *)from)[place(i)] = first_of(row, i % channels / wide, wide);
             add_up(row + first * channels, (count < part ? count : part) * channels, span, from, plain, squared);

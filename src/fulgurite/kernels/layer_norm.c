@@ -1,5 +1,5 @@
 /*
-Layer normalization (Ba et al., arXiv 1607.06450) of tokens in bfloat16, each read once and written once.
+Layer normalization (Ba et al., arXiv 1607.06450) of tokens, each read once and written once.
 */
 #include <math.h>
 
@@ -12,12 +12,11 @@ INLINE double added(floats x) {
 }
 
 /* A token, its deviations from the mean kept in between. */
-EACH void norm_token(const uint16_t *x, uint16_t *y, long wide, const floats *weight, const floats *bias, double eps,
+EACH void norm_token(const number *x, number *y, long wide, const floats *weight, const floats *bias, double eps,
                      floats *kept) {
     floats sum = {}, square = {};
     for (long i = 0; i < wide / LANES; i += 2) {
-        words pair;
-        memcpy(&pair, x + i * LANES, sizeof pair);
+        pairs pair = load_pairs(x + i * LANES);
         kept[i] = evens(pair), kept[i + 1] = odds(pair);
         sum += kept[i] + kept[i + 1];
     }
@@ -28,13 +27,13 @@ EACH void norm_token(const uint16_t *x, uint16_t *y, long wide, const floats *we
     }
     float scale = 1 / sqrt(added(square) / wide + eps);
     for (long i = 0; i < wide / LANES; i += 2) {
-        words pair = paired(kept[i] * scale * weight[i] + bias[i], kept[i + 1] * scale * weight[i + 1] + bias[i + 1]);
-        memcpy(y + i * LANES, &pair, sizeof pair);
+        pairs pair = paired(kept[i] * scale * weight[i] + bias[i], kept[i + 1] * scale * weight[i + 1] + bias[i + 1]);
+        store_pairs(pair, y + i * LANES);
     }
 }
 
-/* Tokens [tokens, wide]; wide is a multiple of 32, and of each 32 of weight and bias evens come before odds. */
-void layer_norm(const uint16_t *x, uint16_t *y, const floats *weight, const floats *bias, long tokens, long wide, double eps,
+/* Tokens [tokens, wide]; wide is a multiple of 32; weight and bias are in the order that numbers have in vectors. */
+void layer_norm(const number *x, number *y, const floats *weight, const floats *bias, long tokens, long wide, double eps,
                 int threads) {
 #pragma omp parallel num_threads(threads) if (tokens * wide > FEW)
     {

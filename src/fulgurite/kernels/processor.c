@@ -47,6 +47,13 @@ int has_vectors(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16");
 }
+
+/* Whether it has vectors of eight float32 that multiply and add at once. */
+int has_floats(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 #else
 int has_vectors(void) { return 0; }
+int has_floats(void) { return 0; }
 #endif

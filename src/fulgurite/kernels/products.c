@@ -1,5 +1,5 @@
 /*
-Linear layers and 3x3 convolutions of small networks in bfloat16, block by block.
+Linear layers and 3x3 convolutions of small networks, block by block.
 
 For each call oneDNN looks up what it made for these shapes, which takes longer than the product of a few dozen tokens
 with a small weight. Large ones are oneDNN's: here a weight is gone through again for every 32 positions.
@@ -14,22 +14,24 @@ enum { ALONE = 1 << 20 }; /* multiplications; so few are for one thread */
 enum { NOWHERE = -1 };    /* goes what comes out between lines */
 
 typedef struct {
-    const uint16_t *x, *weight; /* weight: [outer / 16][taps][inner / 32][16][16][2], pairs of inner innermost */
+    const number *x, *weight; /* weight: [outer / 16][taps][inner / 32], tiles */
     const float *bias;
-    const uint16_t *factor; /* what the outputs are multiplied by, of their shape; or nothing */
-    uint16_t *y;
+    const number *factor; /* what the outputs are multiplied by, of their shape; or nothing */
+    number *y;
     long pictures, lines, across; /* of outputs */
     long apart, spread, stride;   /* positions from a picture's first to the next one's, a line's; from output to output */
     long inner, outer, taps;
     int with_gelu;
 } product;
 
-/* Sums of sixteen outputs of a position to bfloat16, with what comes after the product. */
+/* Sums of sixteen outputs of a position to numbers, with what comes after the product. */
 INLINE void put_out(const product *p, const float *sums, const float *bias, long at) {
-    floats y = load(sums) + load(bias);
-    if (p->with_gelu) y = gelu(y);
-    if (p->factor) y *= (floats)(load_halves(p->factor + at) << 16);
-    store(y, p->y + at);
+    for (long end = at + SIDE; at < end; at += LANES, sums += LANES, bias += LANES) {
+        floats y = load(sums) + load(bias);
+        if (p->with_gelu) y = gelu(y);
+        if (p->factor) y *= load_numbers(p->factor + at);
+        store(y, p->y + at);
+    }
 }
 
 /* This thread's share of the product. */
@@ -53,7 +55,7 @@ static void multiply(const product *p) {
             if (++place == counted) place = 0, line++;
         }
         prepare(&u, left);
-        const uint16_t *x = p->x + picture * p->apart * p->inner, *weight = p->weight + p->taps * column * p->inner;
+        const number *x = p->x + picture * p->apart * p->inner, *weight = p->weight + p->taps * column * p->inner;
         sum_block(&o, x, weight, sums[0], BLOCK, 0, left, wide);
         for (long row = 0; row < left; row++) {
             if (outputs[row] == NOWHERE) continue;
@@ -66,7 +68,7 @@ static void multiply(const product *p) {
 }
 
 /* Tokens [tokens, inner] to [tokens, outer]; inner is a multiple of 32, outer one of 16. */
-void linear(const uint16_t *x, const uint16_t *weight, const float *bias, const uint16_t *factor, uint16_t *y,
+void linear(const number *x, const number *weight, const float *bias, const number *factor, number *y,
             long tokens, long inner, long outer, int with_gelu, int threads) {
     product p = {x, weight, bias, factor, y, 1, 1, tokens, 0, tokens, 1, inner, outer, 1, with_gelu};
 #pragma omp parallel num_threads(threads) if (tokens * inner * outer > ALONE)
@@ -76,7 +78,7 @@ void linear(const uint16_t *x, const uint16_t *weight, const float *bias, const 
 /* Channels-last pictures [pictures, height, width, channels] to [.., outer], 3x3, zeros around, so many pixels from one
 output to the next. inner: channels filled up to whole thirty-twos, as weights are; padded: room for
 [pictures, height + 2, width + 2, inner]. */
-void convolve(const uint16_t *x, uint16_t *padded, const uint16_t *weight, const float *bias, uint16_t *y, long pictures,
+void convolve(const number *x, number *padded, const number *weight, const float *bias, number *y, long pictures,
               long height, long width, long channels, long inner, long outer, long stride, int threads) {
     long spread = width + 2, apart = (height + 2) * spread, lines = (height - 1) / stride + 1, across = (width - 1) / stride + 1;
     product p = {padded, weight, bias, 0, y, pictures, lines, across, apart, spread, stride, inner, outer, 9, 0};
@@ -85,14 +87,14 @@ void convolve(const uint16_t *x, uint16_t *padded, const uint16_t *weight, const
 #pragma omp for schedule(static)
         for (long line = 0; line < pictures * (height + 2); line++) {
             long within = line % (height + 2) - 1, picture = line / (height + 2);
-            uint16_t *to = padded + line * spread * inner;
-            memset(to, 0, 2 * spread * inner);
+            number *to = padded + line * spread * inner;
+            memset(to, 0, spread * inner * sizeof *to);
             if (within < 0 || within >= height) continue;
-            const uint16_t *from = x + (picture * height + within) * width * channels;
+            const number *from = x + (picture * height + within) * width * channels;
             if (channels == inner)
-                memcpy(to + inner, from, 2 * width * inner);
+                memcpy(to + inner, from, width * inner * sizeof *to);
             else
-                for (long i = 0; i < width; i++) memcpy(to + (i + 1) * inner, from + i * channels, 2 * channels);
+                for (long i = 0; i < width; i++) memcpy(to + (i + 1) * inner, from + i * channels, channels * sizeof *to);
         }
         multiply(&p);
     }

@@ -1,8 +1,16 @@
-/* Vectors of float32 that bfloat16 comes from and goes to, and the functions of them that networks want. */
+/*
+Vectors of float32 that numbers in memory come from and go to, and the functions of them that networks want. Numbers are
+bfloat16, or float32 where that is what this is compiled for (FLOAT32).
+*/
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, PAIR = 2 * LANES };
+#ifdef FLOAT32
+enum { LANES = 8 };
+#else
+enum { LANES = 16 };
+#endif
+enum { PAIR = 2 * LANES };
 enum { FEW = 1 << 14 }; /* numbers; to go through so few is for one thread */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -12,7 +20,7 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
-#ifdef __x86_64__ /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
+#if defined __x86_64__ && !defined FLOAT32 /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
 #define EACH static __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EACH static
@@ -21,22 +29,72 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 /* Rounded to bfloat16, in the upper halves; what is in the lower ones is left over. */
 INLINE words to_nearest(floats x) { return (words)x + 0x7FFF + ((words)x >> 16 & 1); }
 
-/* Numbers come in pairs, as bfloat16 lies in 32-bit words: the even ones in the lower halves, the odd ones in the upper. */
-INLINE floats evens(words x) { return (floats)(x << 16); }
-INLINE floats odds(words x) { return (floats)(x & 0xFFFF0000); }
+#ifdef FLOAT32
+typedef float number;
+typedef struct {
+    floats first, second;
+} pairs;
 
-INLINE words paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
+INLINE float widened(number x) { return x; }
+INLINE floats evens(pairs x) { return x.first; }
+INLINE floats odds(pairs x) { return x.second; }
+INLINE pairs paired(floats even, floats odd) { return (pairs){even, odd}; }
+
+INLINE long place(long i) { return i; }
+
+INLINE pairs load_pairs(const number *from) {
+    pairs x; /* each vector by itself: as one piece it would go by way of memory */
+    memcpy(&x.first, from, sizeof x.first);
+    memcpy(&x.second, from + LANES, sizeof x.second);
+    return x;
+}
+
+INLINE void store_pairs(pairs x, number *to) {
+    memcpy(to, &x.first, sizeof x.first);
+    memcpy(to + LANES, &x.second, sizeof x.second);
+}
+#else
+typedef uint16_t number;
+typedef words pairs; /* as bfloat16 lies in 32-bit words: those of even places are in the lower halves */
+
+INLINE float widened(number x) {
+    uint32_t word = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+INLINE floats evens(pairs x) { return (floats)(x << 16); }
+INLINE floats odds(pairs x) { return (floats)(x & 0xFFFF0000); }
+INLINE pairs paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
+
+/* Where the i-th of many is, once of each pair of vectors those of even places stand before the others, as evens and odds give them. */
+INLINE long place(long i) { return i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2; }
+
+INLINE pairs load_pairs(const number *from) {
+    pairs x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store_pairs(pairs x, number *to) { memcpy(to, &x, sizeof x); }
+#endif
 
 INLINE floats either(ints where, floats a, floats b) { return (floats)((where & (ints)a) | (~where & (ints)b)); }
 
-/* 2 to the power of t, from -126 to 126: to the whole part by the exponent's bits, to the rest by a polynomial that is
-off by 3e-6 of the value at most (least squares), a thousandth of what bfloat16 is. */
+/* 2 to the power of t, from -126 to 126: to the whole part by the exponent's bits, to the rest by a polynomial. For
+bfloat16 it is off by 3e-6 of the value at most (least squares), a thousandth of that; for float32 by 2e-9. */
 INLINE floats power_of_2(floats t) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to whole numbers */
     t = either(t < -126.0f, (floats){} - 126.0f, t);
     t = either(t > 126.0f, (floats){} + 126.0f, t);
     floats whole = t + shift, f = t - (whole - shift);
+#ifdef FLOAT32
+    floats power = 0.0096184891f + f * (0.0013399931f + f * 0.00015345811f);
+    power = 1.0f + f * (0.69314718f + f * (0.24022646f + f * (0.055503286f + f * power)));
+#else
     floats power = 0.99999917f + f * (0.69312197f + f * (0.24024981f + f * (0.05591704f + f * 0.00956051f)));
+#endif
     return (floats)(((words)whole << 23) + (words)power);
 }
 

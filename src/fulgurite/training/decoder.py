@@ -23,6 +23,7 @@ from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import said, scene_at
 from fulgurite.training.loop import Part, Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.scenes import no_caption, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import reconstruction_losses, to_pixels
@@ -145,7 +146,7 @@ def refine_decoder(drawn: np.ndarray, ground: Ground, sprites: Sprites, folder: 
         pixels = pixels.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         latents = torch.from_numpy(drawn[picks]).float()
         latents += LATENT_NOISE * torch.randn(latents.shape)
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             again = vae.decode((latents / vae.config.scaling_factor).to(run.device)).float()
         losses = reconstruction_losses(pixels, again)
         if stage.step >= after:

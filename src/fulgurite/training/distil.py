@@ -33,6 +33,7 @@ from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.latents import LatentSet, said
 from fulgurite.training.loop import ADAM, HERE, Adam, Part, Run, Stage, save_network
 from fulgurite.training.low_rank import LoRA
+from fulgurite.training.precision import autocast
 from fulgurite.training.scenes import no_caption
 from fulgurite.weights.load import load_unet
 
@@ -149,7 +150,7 @@ def adversarial(
     told = step.told
 
     def logits(x: Tensor, off: Tensor | float = 0.0) -> list[Tensor]:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast(x.device.type):
             end = renoised(x, step, at, noise, sigmas)
             end = Noisy(end.x + off, end.timesteps)
             return discriminator(end, begin, told.context, told.pooled, told.sizes)

@@ -18,6 +18,7 @@ from fulgurite.sampling import (
     to_denoised,
     trailing_schedule,
 )
+from fulgurite.training.precision import autocast, half
 
 DECODED = 4096  # places of latents together: more do not fit a processor's cache
 
@@ -73,7 +74,7 @@ def denoised(
     """The clean latents ``[B, C, h, w]`` that the UNet sees in ``x``, at ``sigma`` and ``timesteps`` ``[B]``."""
     own = next(unet.parameters()).dtype if isinstance(unet, UNet) else x.dtype
     scaled = scale_input(x, sigma).to(own, memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast(x.device.type):
         if not isinstance(guide, Guide):
             prediction = unet(scaled, timesteps, to.context, to.pooled, to.sizes, guide).float()
         else:
@@ -137,7 +138,7 @@ def drawn(
     shape = card.vae.latent_channels, height // cell, width // cell
     x = torch.stack([starting_noise(seed, shape, float(schedule.sigmas[0])) for seed in seeds]).to(device)
     first = torch.zeros(len(x), dtype=torch.long, device=device)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast(x.device.type):
         to = replace(to, context=unet.read(to.context))
         if isinstance(guide, Guide):
             guide = replace(guide, away=replace(guide.away, context=unet.read(guide.away.context)))
@@ -149,8 +150,8 @@ def drawn(
 @torch.no_grad()
 def decoded(vae: VAE, latents: Tensor) -> Tensor:
     """Pictures ``[B, 3, H, W]`` in -1..1."""
-    x = (latents / vae.config.scaling_factor).to(torch.bfloat16, memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    x = (latents / vae.config.scaling_factor).to(half(latents.device.type), memory_format=torch.channels_last)
+    with autocast(x.device.type):
         at_once = max(1, DECODED // (x.shape[2] * x.shape[3]))
         return torch.cat([vae.decode(part) for part in x.split(at_once)]).float().clamp(-1, 1)
 

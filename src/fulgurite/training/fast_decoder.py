@@ -16,6 +16,7 @@ from fulgurite.models import VAE, TinyDecoder, TinyDecoderConfig
 from fulgurite.models.tiny_decoder import Block
 from fulgurite.training.files import whole
 from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.precision import autocast, half
 from fulgurite.training.vae import reconstruction_losses, to_pixels
 
 PICTURES = 3000  # decoded beforehand, at most
@@ -39,10 +40,11 @@ def pictures_of(vae: VAE, latents: Tensor, device: str, path: Path) -> np.ndarra
     Done once, then read back.
     """
     if not path.exists():
-        half = deepcopy(vae).to(device, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dtype = half(torch.device(device).type)
+        quick = deepcopy(vae).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         rows = []
         for chunk in latents.split(CHUNK):
-            pixels = half.decode((chunk / vae.config.scaling_factor).to(device, torch.bfloat16)).float()
+            pixels = quick.decode((chunk / vae.config.scaling_factor).to(device, dtype)).float()
             rows.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
         with whole(path) as new:
             np.save(new, np.concatenate(rows))
@@ -85,7 +87,7 @@ def train_fast_decoder(
         pictures = pictures_of(vae, lessons, run.device, path) if stage.step < steps else np.empty(0)
     while stage.step < steps:
         picks = random.Random(f"fast decoder {stage.number}").choices(range(len(lessons)), k=BATCH)
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             again = decoder(lessons[picks].to(run.device, memory_format=torch.channels_last)).float()
         stage.update(reconstruction_losses(to_pixels(pictures[picks]).to(run.device), again))
     average = stage.average["fast_decoder"]

@@ -12,6 +12,7 @@ import torch
 from fulgurite.models import VAE
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
+from fulgurite.training.precision import autocast
 from fulgurite.training.scenes import Scene, caption, render, training_scene
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
@@ -40,7 +41,7 @@ def encode_scenes(
     for start in range(numbers.start, numbers.stop, CHUNK):
         chunk = range(start, min(start + CHUNK, numbers.stop))
         pixels = to_pixels(np.stack([render(scene_at(sprites, size, i), sprites) for i in chunk]))
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type):
             mean, _ = vae.encode(pixels.to(device, memory_format=torch.channels_last))
         rows.append(mean.half().cpu().numpy())
     return np.concatenate(rows)

@@ -24,6 +24,7 @@ from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.distil import Ground, network
 from fulgurite.training.drawing import seeded
 from fulgurite.training.loop import Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.prompts import Wording
 from fulgurite.training.scenes import Scene, a_or_an, plain
 from fulgurite.training.teacher import noised
@@ -99,7 +100,7 @@ def teach_other_words(
         timesteps[torch.rand(rows) < PURE_NOISE] = TRAIN_STEPS - 1
         clean, timesteps = clean[:rows].to(run.device), timesteps.to(run.device)
         x, _ = noised(clean, timesteps, torch.randn(clean.shape).to(run.device), sigmas)
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             with torch.no_grad():
                 wanted, wanted_pooled = before(told)
                 v = unet(x, timesteps, wanted[:rows], wanted_pooled[:rows], sizes)

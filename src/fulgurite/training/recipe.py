@@ -27,6 +27,7 @@ from fulgurite.training.latents import FEW, LatentSet, build_latents
 from fulgurite.training.loop import Run, save_network
 from fulgurite.training.other_words import teach_other_words, understood
 from fulgurite.training.plans import QUICK, SMALL
+from fulgurite.training.precision import half
 from fulgurite.training.preview import preview_lines
 from fulgurite.training.prompts import Wording
 from fulgurite.training.scenes import random_scene
@@ -247,7 +248,7 @@ def students_inside() -> dict[int, Files]:
 def evaluate_in(work: Path, model: Path, students: dict[int, Files], preset: Preset, count: int, run: Run) -> None:
     """Prints what the model in a folder and its students get, and keeps it in ``work``."""
     of_model = card(MODEL)
-    networks = load_folder(model, of_model, run.device, torch.bfloat16)
+    networks = load_folder(model, of_model, run.device, half(run.kind))
     sprites = Data.built(work, preset).sprites
     evaluation = Evaluation(of_model, networks, sprites, work / "evaluation", count, READER_STEPS, run)
     ways = ways_of(model / UNET_FILE, students)

@@ -6,7 +6,6 @@ accelerate launch -m fulgurite train distil-sdxl WORK --model stable-diffusion-x
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from fulgurite.cards import Card, card
@@ -14,6 +13,7 @@ from fulgurite.training.distil import Ground, distil
 from fulgurite.training.loop import Run
 from fulgurite.training.pictures import picture_latents
 from fulgurite.training.plans import SDXL
+from fulgurite.training.precision import half
 from fulgurite.training.students import students_in, write_card
 from fulgurite.weights.files import folder_files
 from fulgurite.weights.load import load_text_encoder, load_tokenizer, load_vae
@@ -31,7 +31,7 @@ def teacher_card() -> Card:
 
 def distil_sdxl(work: Path, model: Path, pictures: Path, out: Path, run: Run) -> None:
     """Trains every student of the plan; their files go to ``out``, and beside it a card that serves them."""
-    of_model, files, dtype = teacher_card(), folder_files(model), torch.bfloat16
+    of_model, files, dtype = teacher_card(), folder_files(model), half(run.kind)
     first, second = of_model.text_encoders
     tokenizers = load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)
     encoders = (

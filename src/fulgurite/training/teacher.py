@@ -19,6 +19,7 @@ from fulgurite.sampling import TRAIN_STEPS, train_sigmas
 from fulgurite.training.drawing import seeded
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.prompts import Wording
 
 UNCONDITIONAL = 0.1  # how often the prompt says nothing, for classifier-free guidance
@@ -70,7 +71,7 @@ def train_teacher(
     sizes = size_conditioning(latents.size).to(device).expand(batch, -1)
 
     def loss(ids: Tensor, x: Tensor, timesteps: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             (first, _), (second, pooled) = (encoder(ids) for encoder in encoders.values())
             v = unet(x, timesteps, torch.cat([first, second], dim=-1), pooled, sizes)
         return F.mse_loss(v.float(), target)

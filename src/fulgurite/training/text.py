@@ -20,6 +20,7 @@ from fulgurite.cards import Card
 from fulgurite.models import CLIPTextEncoder, Tokenizer
 from fulgurite.training.latents import LatentSet
 from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.prompts import Wording
 from fulgurite.training.scenes import ARRANGEMENTS, COLOURS, HUES, STYLE_WORDS, Scene
 from fulgurite.training.sources import Sprites
@@ -113,7 +114,7 @@ def train_text_encoders(
         rng = random.Random(f"text {stage.number}")
         clean, scenes = latents.batch(BATCH, rng)
         ids = wording.tokenizer([wording.describe(scene, rng) for scene in scenes]).to(device)
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             (states, _), (more, pooled) = first(ids), second(ids)
             drawn = sketch(torch.cat([states, more], dim=-1)).float()
         off = (drawn - clean.to(device)).square().mean(dim=(1, 2, 3))

@@ -15,6 +15,7 @@ from fulgurite.models import VAE, VAEConfig
 from fulgurite.models.vae import Attention, ResnetBlock
 from fulgurite.training.drawing import seeded
 from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.scenes import render, training_scene
 from fulgurite.training.sources import Sprites
 
@@ -90,7 +91,7 @@ def train_vae(sprites: Sprites, config: VAEConfig, folder: Path, steps: int, run
     stage = Stage(folder, nn.ModuleDict({"vae": vae}), peak=1e-3, steps=steps, decay=0.998, run=run)
 
     def reconstruct(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(run.kind, torch.bfloat16):
+        with autocast(run.kind):
             mean, log_variance = (y.float() for y in vae.encode(pixels))
             again = vae.decode(mean + (0.5 * log_variance).exp() * noise).float()
         return again, 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()

@@ -17,6 +17,7 @@ from fulgurite.cards import card
 from fulgurite.models import CLIPTextConfig, CLIPTextEncoder
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, Stage
+from fulgurite.training.precision import autocast
 from fulgurite.training.scenes import Scene, caption, held_out_together, random_scene, render
 from fulgurite.training.sources import Sprites
 from fulgurite.training.vae import to_pixels
@@ -127,8 +128,8 @@ def train_reader(sprites: Sprites, folder: Path, steps: int, run: Run = HERE) ->
     while stage.step < steps:
         rng = random.Random(f"reader {stage.number}")
         picks = rng.sample(range(PICTURES), BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = reader.pictures(pictures[picks])
+        with autocast("cpu"):
+            features = reader.pictures(pictures[picks].float())
             said = reader.captions([caption(scenes[i], rng) for i in picks])
         logits, right = reader.likeness(features.float(), said.float()), torch.arange(BATCH)
         stage.update({"contrast": (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2})

@@ -25,6 +25,7 @@ from fulgurite.training.evaluation.reader import close_up, rendered, scenes_of, 
 from fulgurite.training.files import whole
 from fulgurite.training.fingerprint import fingerprint
 from fulgurite.training.loop import HERE, Run, TimeIsUpError
+from fulgurite.training.precision import autocast, half
 from fulgurite.training.scenes import caption
 from fulgurite.training.sources import Sprites
 from fulgurite.weights import Networks
@@ -225,7 +226,7 @@ class Evaluation:
         return torch.cat(pictures)
 
     def network(self, way: Way) -> UNet:
-        unet = load_unet(way.unet, self.card, self.run.device, torch.bfloat16, way.loras)
+        unet = load_unet(way.unet, self.card, self.run.device, half(self.run.kind), way.loras)
         fuse(unet)
         return quick(unet, self.run)
 
@@ -245,8 +246,8 @@ def quick(network: Network, run: Run) -> Network:
 @torch.no_grad()
 def through(vae: VAE, pictures: Tensor) -> Tensor:
     """Pixels ``[B, 3, H, W]`` there and back through the autoencoder."""
-    with torch.autocast(pictures.device.type, torch.bfloat16):
-        mean, _ = vae.encode(pictures.to(torch.bfloat16))
+    with autocast(pictures.device.type):
+        mean, _ = vae.encode(pictures.to(half(pictures.device.type)))
         return vae.decode(mean).float().clamp(-1, 1).cpu()
 
 
