@@ -38,6 +38,7 @@ from fulgurite.benchmark import (
     matrix_ceiling,
     peak_memory,
 )
+from fulgurite.kernels.cpu import has_bfloat16
 from fulgurite.pipeline import usual_dtype
 from fulgurite.request import plan
 from fulgurite.threads import share_cores
@@ -48,6 +49,7 @@ Rounds = list[dict[str, float]]  # a way's seconds by part, a picture each
 COLUMNS = (PICTURE, *PARTS)
 FAST = ("ours-fast-decoder", "ours-int8-fast-decoder")
 LARGE = "diffusers-float32"  # of SDXL's sizes it holds 14 GB
+HALF = "diffusers-bfloat16"
 INT8 = ("ours-int8", "ours-int8-fast-decoder")  # of the embedded model few layers are large enough for it
 SETTLED = 0.1  # seconds, within which the threads of who ran before no longer spin for more to do
 FITTING = f"; else all that suit the work: at SDXL's sizes, where two ways take 20 GB of memory, not {LARGE}"
@@ -143,6 +145,7 @@ def suiting(name: str, work: Work) -> list[str]:
     """The ways that differ at a work, and can draw it beside another way on a machine of 24 GB."""
     unsuited = (LARGE,) if name.startswith("sdxl") else INT8
     unsuited += () if work.card.fast_decoder else FAST
+    unsuited += () if has_bfloat16() else (HALF, *INT8)  # then there are no instructions for 8 bits either
     return [way for way in WAYS if way not in unsuited]
 
 

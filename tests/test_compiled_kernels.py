@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fulgurite.kernels import compiled, cpu
 from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
+from fulgurite.kernels.winograd import WinogradConv2d, WinogradUpsample
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 needs_library = pytest.mark.skipif(compiled.library() is None, reason="the package was installed without a C compiler")
@@ -49,7 +50,9 @@ def emulated_tiles(tmp_path_factory):
 @pytest.fixture(scope="module", params=["tiles", "vectors", "emulated_tiles", "floats"])
 def dtype(request):
     """The numbers that products are of, by each of the processor's units that has some."""
-    if request.param == "emulated_tiles":
+    if request.param == "floats":
+        found = compiled.floats()
+    elif request.param == "emulated_tiles":
         found = request.getfixturevalue("emulated_tiles")
     else:
         library = compiled.library()
@@ -57,10 +60,10 @@ def dtype(request):
         found = compiled.opened(f"_{request.param}", compiled.PRODUCTS) if there else None
     if found is None:
         pytest.skip(f"this processor has no {request.param}, or the compiler did not know them")
-    in_float32 = request.param == "floats"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "floats" if in_float32 else "products", lambda: found)
-        yield torch.float32 if in_float32 else torch.bfloat16
+        if request.param != "floats":
+            patch.setattr(compiled, "products", lambda: found)
+        yield torch.float32 if request.param == "floats" else torch.bfloat16
 
 
 def groups_of(channels: int) -> int:
@@ -325,6 +328,60 @@ def test_infinities_and_what_is_no_number_are_seen_after_a_layer(dtype):
     assert finite.tolist() == [True, False, False]
 
 
+@needs_floats
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from((None, 0, 1)),
+)
+def test_a_convolution_by_minimal_filtering_is_nearly_as_exact(rows, height, width, sixteens, inner, less):
+    """Also of pictures that are enlarged first, to twice their size or one less. What is in between is larger."""
+    torch.manual_seed(0)
+    (weight, bias), x = (
+        weights(torch.float32, 16 * sixteens, 16 * inner, 3, 3),
+        torch.randn(rows, 16 * inner, height, width),
+    )
+    size = None if less is None else torch.Size((max(1, 2 * height - less), max(1, 2 * width - less)))
+    found = compiled.convolve_large(x, compiled.filters(weight), bias, size)
+    enlarged = x if size is None else F.interpolate(x, size=size, mode="nearest")
+    exact = F.conv2d(enlarged.double(), weight.double(), bias.double(), padding=1)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).abs().max() <= 2e-5 * exact.abs().max()
+    last = compiled.convolve_large(
+        x.contiguous(memory_format=torch.channels_last), compiled.filters(weight), bias, size
+    )
+    assert torch.equal(last, found)
+
+
+@needs_floats
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 5), st.integers(1, 40), st.integers(1, 40))
+def test_its_bits_depend_neither_on_the_pictures_beside_nor_on_threads(rows, height, width):
+    torch.manual_seed(0)
+    (weight, bias), x = weights(torch.float32, 48, 32, 3, 3), torch.randn(rows, 32, height, width)
+    together, threads = compiled.convolve_large(x, compiled.filters(weight), bias), torch.get_num_threads()
+    try:
+        for i in range(rows):
+            torch.set_num_threads(1 + i % 3)
+            alone = compiled.convolve_large(x[i : i + 1], compiled.filters(weight), bias)
+            assert torch.equal(alone[0], together[i])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_floats
+def test_a_pixel_that_is_no_number_is_seen_around_it_alone():
+    (weight, bias), x = weights(torch.float32, 16, 16, 3, 3), torch.randn(1, 16, 40, 40)
+    x[0, 3, 20, 20] = torch.nan
+    lost = compiled.convolve_large(x, compiled.filters(weight), bias).isnan().any(dim=1)[0]
+    assert lost[19:22, 19:22].all()
+    assert lost.sum() <= 12 * 12  # of the squares that it is behind
+
+
 def layers_of(layer: nn.Module, dtype: torch.dtype) -> set[type[nn.Module]]:
     network = nn.Sequential(layer).to(dtype)
     cpu.accelerate(network)
@@ -336,10 +393,16 @@ def test_small_layers_are_ours_and_large_ones_onednns(dtype):
     assert layers_of(nn.Linear(640, 640), dtype) == layers_of(nn.Linear(320, 24), dtype) == {cpu.PackedLinear}
     assert layers_of(GEGLU(192, 768), dtype) == {cpu.PackedGEGLU, TiledLinear}
     assert layers_of(nn.Conv2d(352, 192, 1), dtype) == {cpu.PointwiseConv2d, TiledLinear}
-    assert layers_of(nn.Conv2d(352, 192, 3, padding=1), dtype) == {cpu.PackedConv2d, TiledConv2d}
-    assert layers_of(Upsample(192), dtype) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
-    for ours in (nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(16, 64, 3, padding=1)):
-        assert layers_of(ours, dtype) == {cpu.PackedConv2d, TiledConv2d}
+    assert layers_of(nn.Conv2d(64, 64, 3, 2, 1), dtype) == {cpu.PackedConv2d, TiledConv2d}
+    if dtype == torch.float32:
+        assert layers_of(nn.Conv2d(352, 192, 3, padding=1), dtype) == {WinogradConv2d, TiledConv2d}
+        assert layers_of(nn.Conv2d(640, 640, 3, padding=1), dtype) == {WinogradConv2d}
+        assert layers_of(nn.Conv2d(640, 1280, 3, padding=1), dtype) == {cpu.PackedConv2d}
+        assert layers_of(Upsample(192), dtype) == {WinogradUpsample, WinogradConv2d, TiledConv2d}
+    else:
+        assert layers_of(nn.Conv2d(352, 192, 3, padding=1), dtype) == {cpu.PackedConv2d, TiledConv2d}
+        assert layers_of(nn.Conv2d(16, 64, 3, padding=1), dtype) == {cpu.PackedConv2d, TiledConv2d}
+        assert layers_of(Upsample(192), dtype) == {cpu.PackedUpsample, cpu.PackedConv2d, TiledConv2d}
     for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, (1, 2), 1), nn.Conv2d(64, 24, 3, padding=1)):
         assert layers_of(other, dtype) == {cpu.PackedConv2d}
 

@@ -7,7 +7,7 @@ import pytest
 import small_sdxl as small
 import torch
 import torch.nn.functional as F
-from conftest import SPARK, needs_weights
+from conftest import SPARK, needs_bfloat16, needs_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -124,6 +124,7 @@ def test_of_a_network_large_linear_layers_alone_are_replaced(monkeypatch: pytest
     assert len(large) > 10
 
 
+@needs_bfloat16  # else it takes minutes
 @needs_weights
 @pytest.mark.parametrize("model", [SPARK, f"{SPARK}-lightning"])
 def test_the_embedded_models_pictures_are_near_the_plain_ones(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

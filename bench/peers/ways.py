@@ -59,6 +59,6 @@ WAYS: dict[str, Callable[[Work], Way]] = {
     "ours-int8-fast-decoder": partial(Ours, eight_bits=True, decoder="fast"),
     "diffusers-float32": diffusers(torch.float32),
     "diffusers-bfloat16": diffusers(torch.bfloat16, channels_last=True),
-    "diffusers-compiled": diffusers(torch.bfloat16, channels_last=True, compiled=True),
+    "diffusers-compiled": diffusers(usual_dtype("cpu"), channels_last=True, compiled=True),
     "openvino": openvino,
 }

@@ -12,7 +12,7 @@ enum { ALONE = 1 << 17 };             /* multiplications; so few are for one thr
 
 typedef struct {
     long q_apart;    /* numbers from a query to the next */
-    long keys, room; /* room: keys filled up to whole tiles */
+    long keys, room; /* room: keys filled up to whole blocks */
     long heads, wide;
     float scale; /* of scores, for powers of 2 */
 } attention;
@@ -70,17 +70,18 @@ INLINE void attend_block(const attention *a, const number *q, const number *turn
 Wide is a multiple of 32 up to 512; scratch: room for 2 * [rows, heads, keys up to whole thirty-twos, wide]. */
 void attend(const number *q, const number *k, const number *v, number *y, number *scratch, long q_apart,
             long kv_apart, long rows, long queries, long keys, long heads, long wide, double scale, int threads) {
-    long room = (keys + DEPTH - 1) / DEPTH * DEPTH, blocks = (queries + BLOCK - 1) / BLOCK;
+    long room = (keys + BLOCK - 1) / BLOCK * BLOCK, blocks = (queries + BLOCK - 1) / BLOCK;
     number *turned = scratch, *laid_out = scratch + rows * heads * room * wide;
     attention a = {q_apart, keys, room, heads, wide, (float)(scale * 1.4426950408889634)};
 #pragma omp parallel num_threads(threads) if (rows * queries * keys * heads * wide > ALONE)
     {
 #pragma omp for schedule(static)
-        for (long i = 0; i < rows * heads * (room / DEPTH); i++) {
-            long key = i % (room / DEPTH) * DEPTH, head = i / (room / DEPTH);
+        for (long i = 0; i < rows * heads * (room / BLOCK); i++) {
+            long key = i % (room / BLOCK) * BLOCK, head = i / (room / BLOCK);
             long from = (head / heads * keys + key) * kv_apart + head % heads * wide, to = (head * room + key) * wide;
             turn(k + from, kv_apart, keys - key, wide, turned + to);
-            lay_out(v + from, kv_apart, keys - key, wide, laid_out + to);
+            for (long more = 0; more < BLOCK; more += DEPTH)
+                lay_out(v + from + more * kv_apart, kv_apart, keys - key - more, wide, laid_out + to + more * wide);
         }
         unit u = {};
 #pragma omp for schedule(static)

@@ -3,15 +3,15 @@
 INLINE floats load_numbers(const number *from) { return load(from); }
 INLINE void store(floats x, number *to) { memcpy(to, &x, sizeof x); }
 
-/* 32 keys, those from count on as zeros, to tiles of their numbers: [2][wide / 32][32][16]. */
+/* A block's keys, those from count on as zeros, to tiles of their numbers: [2][wide / 16][16][16]. */
 static void turn(const number *k, long apart, long count, long wide, number *tiles) {
-    for (long first = 0; first < DEPTH; first += SIDE, tiles += SIDE * wide)
+    for (long first = 0; first < BLOCK; first += SIDE, tiles += SIDE * wide)
         for (long key = 0; key < SIDE; key++)
             for (long i = 0; i < wide; i++)
                 tiles[i * SIDE + key] = first + key < count ? k[(first + key) * apart + i] : 0;
 }
 
-/* 32 keys' values, those from count on as zeros, to tiles: [wide / 16][32][16]. */
+/* A tile's depth of keys' values, those from count on as zeros: [wide / 16][16][16]. */
 static void lay_out(const number *v, long apart, long count, long wide, number *tiles) {
     for (long i = 0; i < wide; i += SIDE)
         for (long key = 0; key < DEPTH; key++)

@@ -3,21 +3,21 @@ Products of a block of up to 32 positions with up to 32 outputs' weights, summed
 tiles of x86 processors (AMX) or on their vectors (AVX-512 BF16), or in float32 on older vectors (AVX2), whichever of
 the three this is compiled for.
 
-Weights come in tiles, of sixteen outputs and thirty-two inputs: in bfloat16 [16][16][2], pairs of inputs innermost, in
-float32 [32][16].
+Weights come in tiles of sixteen outputs: in bfloat16 of thirty-two inputs, pairs of them innermost, [16][16][2], in
+float32 of sixteen inputs, [16][16].
 */
 #include <immintrin.h>
 
 #include "vectors.h"
 
-enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH }; /* a tile's outputs; the numbers that it sums; all of its numbers */
-enum { BLOCK = 2 * SIDE };                           /* a block's positions, and its outputs */
+enum { SIDE = 16, DEPTH = 64 / sizeof(number), TILE = SIDE * DEPTH }; /* a tile's outputs; its inputs; all of its numbers */
+enum { BLOCK = 2 * SIDE }; /* a block's positions, and its outputs */
 
 static const float NONE = -3e38f; /* the score of a key that is not there */
 
 typedef struct {
-    long apart, depths; /* numbers from a position to the next; thirty-twos of numbers that are summed */
-    long next, step;    /* numbers from a tile to that of the next sixteen outputs, of the next thirty-two inputs */
+    long apart, depths; /* numbers from a position to the next; tiles, whose inputs are summed */
+    long next, step;    /* numbers from a tile to that of the next sixteen outputs, of the next inputs */
     long taps, kernel;  /* of a convolution, three on each line; numbers from a tap's tiles to the next one's */
     long aside, below;  /* numbers from what a tap sees to what the next one does, on its line and on the next line */
     const long *places; /* numbers from x to each position; or nothing: they are so far apart, from x on */

@@ -10,7 +10,8 @@ from torch import Tensor
 
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
 PAIR = 32  # numbers that a layer's norm and 8-bit kernels take at a time
-SIDE, DEPTH = 16, 32  # a tile's outputs, and the inputs that it sums at a time
+SIDE, BLOCK = 16, 32  # a tile's outputs; the positions and outputs, or keys, that are gone through at a time
+SQUARES, SPREAD = 12, 16  # of winograd.c: squares at a time at most, numbers between its matrices
 MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -30,6 +31,7 @@ PRODUCTS: dict[str, list] = {
     "convolve": [POINTER] * 5 + [NUMBER] * 7 + [INT],
     "attend": [POINTER] * 5 + [NUMBER] * 7 + [ctypes.c_double, INT],
 }
+FILTERS: dict[str, list] = {"convolve_large": [POINTER] * 5 + [NUMBER] * 7 + [INT]}
 
 
 def opened(name: str, functions: dict[str, list]) -> ctypes.CDLL | None:
@@ -67,13 +69,13 @@ def products() -> ctypes.CDLL | None:
 def floats() -> ctypes.CDLL | None:
     """Norms and products in float32. None where it is no x86 processor of the last ten years (AVX2, FMA)."""
     found = library()
-    return opened("_floats", NORMS | PRODUCTS) if found and found.has_floats() else None
+    return opened("_floats", NORMS | PRODUCTS | FILTERS) if found and found.has_floats() else None
 
 
 def where(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """What has this function for such numbers."""
     if dtype == torch.float32:
-        return floats() if name in NORMS | PRODUCTS else None
+        return floats() if name in NORMS | PRODUCTS | FILTERS else None
     if dtype == torch.bfloat16:
         return products() if name in PRODUCTS else library()
     return None
@@ -200,22 +202,27 @@ def dequantize(
     return y
 
 
+def depth(dtype: torch.dtype) -> int:
+    """The inputs of a tile."""
+    return 64 // dtype.itemsize
+
+
 def fits_tiles(weight: Tensor) -> bool:
     """Whether there are products, and a layer's weight ``[outer, inner, ...]`` comes to whole tiles."""
     outer, inner = weight.shape[:2]
-    whole = inner % DEPTH == 0 or weight.shape[2:] == (3, 3)  # pictures are copied, with what they lack
+    whole = inner % depth(weight.dtype) == 0 or weight.shape[2:] == (3, 3)  # pictures are copied, with what they lack
     return where("linear", weight.dtype) is not None and outer % SIDE == 0 and whole
 
 
 def tiled(weight: Tensor) -> Tensor:
     """A linear layer's weight ``[outer, inner]`` or a convolution's ``[outer, inner, 3, 3]`` as products want it.
 
-    ``[outer / 16, taps, inner / 32, ...]``: in float32 ``[32, 16, 1]``, in bfloat16 ``[16, 16, 2]``, where pairs of
-    inputs are innermost. What inner lacks to whole thirty-twos is zeros.
+    ``[outer / 16, taps, inner / 32, 16, 16, 2]``, pairs of inputs innermost; in float32 ``[.., inner / 16, 16, 16,
+    1]``. What inner lacks to whole tiles is zeros.
     """
     taps, together = weight.flatten(2).permute(2, 0, 1) if weight.dim() > 2 else weight[None], 4 // weight.itemsize
-    taps = F.pad(taps, (0, -taps.shape[2] % DEPTH))
-    inputs = taps.unflatten(2, (-1, DEPTH // together, together))
+    taps = F.pad(taps, (0, -taps.shape[2] % depth(weight.dtype)))
+    inputs = taps.unflatten(2, (-1, depth(weight.dtype) // together, together))
     return inputs.unflatten(1, (-1, SIDE)).permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
@@ -227,7 +234,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, factor: 
     """
     x, (outer,), inner = in_dtype(x, weight.dtype).contiguous(), bias.shape, x.shape[-1]
     y, by = x.new_empty(*x.shape[:-1], outer), None if factor is None else in_dtype(factor, x.dtype).contiguous()
-    assert inner == weight.shape[2] * DEPTH
+    assert inner == weight.shape[2] * depth(weight.dtype)
     assert by is None or by.shape == y.shape
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), by if by is None else by.data_ptr(), y.data_ptr()
     call("linear", x.dtype, *pointers, x.numel() // inner, inner, outer, gelu)
@@ -241,8 +248,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor
     """
     x = in_dtype(x, weight.dtype).contiguous(memory_format=torch.channels_last)
     (pictures, channels, height, width), (outer,) = x.shape, bias.shape
-    inner, outputs = weight.shape[2] * DEPTH, ((side - 1) // stride + 1 for side in (height, width))
-    assert 0 <= inner - channels < DEPTH
+    inner, outputs = weight.shape[2] * depth(weight.dtype), ((side - 1) // stride + 1 for side in (height, width))
+    assert 0 <= inner - channels < depth(weight.dtype)
     y = torch.empty(pictures, outer, *outputs, dtype=x.dtype, memory_format=torch.channels_last)
     padded = x.new_empty(pictures, height + 2, width + 2, inner)
     pointers = (tensor.data_ptr() for tensor in (x, padded, weight, bias, y))
@@ -250,10 +257,52 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor
     return y
 
 
+def fits_filters(weight: Tensor) -> bool:
+    """Whether ``convolve_large`` takes a weight ``[outer, inner, 3, 3]``."""
+    whole = all(channels % SIDE == 0 for channels in weight.shape[:2])
+    return where("convolve_large", weight.dtype) is not None and weight.shape[2:] == (3, 3) and whole
+
+
+def filters(weight: Tensor) -> Tensor:
+    """A weight ``[outer, inner, 3, 3]`` as ``convolve_large`` wants it: four times as many numbers, from ``tiled``."""
+    there = torch.tensor(
+        [
+            [1 / 4, 0, 0],
+            [-1 / 6] * 3,
+            [-1 / 6, 1 / 6, -1 / 6],
+            [1 / 24, 1 / 12, 1 / 6],
+            [1 / 24, -1 / 12, 1 / 6],
+            [0, 0, 1],
+        ]
+    ).double()
+    return tiled((there @ weight.double() @ there.T).to(weight.dtype))
+
+
+def convolve_large(x: Tensor, weight: Tensor, bias: Tensor, size: torch.Size | None = None) -> Tensor:
+    """A 3x3 convolution of pictures ``[B, channels, h, w]``, zeros around them, to channels-last ones.
+
+    ``weight``: from ``filters``; ``bias``: ``[outer]``. With a ``size``, a height and width of at most twice the
+    pictures', less one at the least, these are first enlarged to it by nearest neighbours.
+    """
+    x = in_dtype(x, weight.dtype).contiguous(memory_format=torch.channels_last)
+    (pictures, inner, *own), (outer,), threads = x.shape, bias.shape, torch.get_num_threads()
+    (height, width), larger = size or own, 2 if size else 1
+    assert [-(-side // larger) for side in (height, width)] == own
+    assert weight.shape[:3] == (outer // SIDE, 36, inner // SIDE)
+    y = torch.empty(pictures, outer, height, width, dtype=x.dtype, memory_format=torch.channels_last)
+    squares = pictures * -(-height // 4) * -(-width // 4)
+    rounds = -(-squares // (SQUARES * threads))
+    at_once = -(-squares // (rounds * threads))
+    scratch = torch.empty(threads, 36, at_once * (inner + outer) + 2 * SPREAD)
+    pointers = (tensor.data_ptr() for tensor in (x, weight, bias, y, scratch))
+    call("convolve_large", x.dtype, *pointers, pictures, height, width, inner, outer, larger, at_once)
+    return y
+
+
 def fits_attention(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> bool:
     """Whether ``attend`` takes these queries, keys and values ``[B, S or L, heads * head_dim]``."""
     alike = q.dtype == k.dtype == v.dtype
-    return where("attend", q.dtype) is not None and alike and head_dim % DEPTH == 0 and head_dim <= MOST_WIDE
+    return where("attend", q.dtype) is not None and alike and head_dim % BLOCK == 0 and head_dim <= MOST_WIDE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
@@ -267,7 +316,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     )
     if k.stride(1) != v.stride(1):
         k, v = k.contiguous(), v.contiguous()
-    y, scratch = q.new_empty(rows, queries, wide), q.new_empty(2, rows, -(-keys // DEPTH) * DEPTH, wide)
+    y, scratch = q.new_empty(rows, queries, wide), q.new_empty(2, rows, -(-keys // BLOCK) * BLOCK, wide)
     sizes = q.stride(1), k.stride(1), rows, queries, keys, wide // head_dim, head_dim
     call("attend", q.dtype, *(tensor.data_ptr() for tensor in (q, k, v, y, scratch)), *sizes, head_dim**-0.5)
     return y

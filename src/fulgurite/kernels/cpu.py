@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fulgurite.kernels import compiled
 from fulgurite.kernels.tiled import TiledConv2d, TiledLinear
+from fulgurite.kernels.winograd import WinogradConv2d, WinogradUpsample
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample, VectorLinear
 
 # Large tensors on large pages: else most of the time of a norm of a large picture goes into getting pages of 4 kB.
@@ -303,11 +304,11 @@ def accelerate(network: nn.Module) -> None:
             case nn.Conv2d(kernel_size=(1, 1)):
                 setattr(network, name, PointwiseConv2d(layer))
             case nn.Conv2d():
-                setattr(network, name, PackedConv2d(layer))
+                setattr(network, name, (WinogradConv2d if WinogradConv2d.fits(layer) else PackedConv2d)(layer))
             case GEGLU():
                 setattr(network, name, PackedGEGLU(layer))
             case Upsample():
-                setattr(network, name, PackedUpsample(layer))
+                setattr(network, name, (WinogradUpsample if WinogradConv2d.fits(layer.conv) else PackedUpsample)(layer))
             case DotProductAttention():
                 setattr(network, name, CachedAttention(layer.head_dim))
             case nn.GroupNorm() if compiled.where("group_norm", layer.weight.dtype):

@@ -14,7 +14,7 @@ enum { ALONE = 1 << 20 }; /* multiplications; so few are for one thread */
 enum { NOWHERE = -1 };    /* goes what comes out between lines */
 
 typedef struct {
-    const number *x, *weight; /* weight: [outer / 16][taps][inner / 32], tiles */
+    const number *x, *weight; /* weight: [outer / 16][taps][inner / DEPTH], tiles */
     const float *bias;
     const number *factor; /* what the outputs are multiplied by, of their shape; or nothing */
     number *y;
@@ -67,7 +67,7 @@ static void multiply(const product *p) {
     release(&u);
 }
 
-/* Tokens [tokens, inner] to [tokens, outer]; inner is a multiple of 32, outer one of 16. */
+/* Tokens [tokens, inner] to [tokens, outer]; both come to whole tiles. */
 void linear(const number *x, const number *weight, const float *bias, const number *factor, number *y,
             long tokens, long inner, long outer, int with_gelu, int threads) {
     product p = {x, weight, bias, factor, y, 1, 1, tokens, 0, tokens, 1, inner, outer, 1, with_gelu};
@@ -76,7 +76,7 @@ void linear(const number *x, const number *weight, const float *bias, const numb
 }
 
 /* Channels-last pictures [pictures, height, width, channels] to [.., outer], 3x3, zeros around, so many pixels from one
-output to the next. inner: channels filled up to whole thirty-twos, as weights are; padded: room for
+output to the next. inner: channels filled up to whole tiles, as weights are; padded: room for
 [pictures, height + 2, width + 2, inner]. */
 void convolve(const number *x, number *padded, const number *weight, const float *bias, number *y, long pictures,
               long height, long width, long channels, long inner, long outer, long stride, int threads) {
