@@ -145,7 +145,8 @@ def suiting(name: str, work: Work) -> list[str]:
     """The ways that differ at a work, and can draw it beside another way on a machine of 24 GB."""
     unsuited = (LARGE,) if name.startswith("sdxl") else INT8
     unsuited += () if work.card.fast_decoder else FAST
-    unsuited += () if has_bfloat16() else (HALF, *INT8)  # then there are no instructions for 8 bits either
+    if not has_bfloat16():  # then there are no instructions for 8 bits either, and diffusers compiled is as large
+        unsuited += (HALF, *INT8, *(("diffusers-compiled",) if name.startswith("sdxl") else ()))
     return [way for way in WAYS if way not in unsuited]
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fulgurite import Request
 from fulgurite.engine import Loader
-from fulgurite.kernels import graphs
+from fulgurite.kernels import compiled, graphs
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import Graph, GraphedUNet
 from fulgurite.models import AttentionGuidance, UNet
@@ -128,8 +128,9 @@ def test_the_oldest_graph_goes(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_weights
-def test_pictures_by_graphs_are_the_same() -> None:
-    """Through the loader; in float32, since what the kernels in C do the simulation does not see."""
+def test_pictures_by_graphs_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the loader; without the kernels in C, since what these do the simulation does not see."""
+    monkeypatch.setattr(compiled, "where", lambda name, dtype: None)
     plain, graphed = (
         Loader("cpu", precision="float32", cuda_graphs=wanted)(f"{SPARK}-lightning", 2) for wanted in (False, True)
     )
@@ -138,4 +139,5 @@ def test_pictures_by_graphs_are_the_same() -> None:
         Request("a red fox", num_steps=2, seed=1),
         Request("a blue rocket", num_steps=2, seed=2, negative_prompt="fire", width=512),
     ):
-        assert graphed.draw(request).image.tobytes() == plain.draw(request).image.tobytes()
+        alike = graphed.draw(request).image.tobytes() == plain.draw(request).image.tobytes()
+        assert alike  # pytest would compare megabytes for minutes

@@ -98,15 +98,16 @@ class Pipeline:
         """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
         networks = self.networks
         fuse(networks.unet)
-        if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16 if cpu.has_bfloat16() else None):
+        if self.device.type != "cpu":
+            if eight_bits:
+                float8.accelerate(networks.unet)
+        elif self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and cpu.has_bfloat16()):
             if eight_bits:
                 int8.accelerate(networks.unet)
                 int8.accelerate(networks.vae.decoder)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)
-        elif eight_bits:
-            float8.accelerate(networks.unet)
 
     def __call__(self, prompt: str, *, on_step: OnStep | None = None, **parameters: Any) -> Picture:
         """Draws one picture; ``parameters`` are those of Request."""

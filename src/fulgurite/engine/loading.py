@@ -62,7 +62,8 @@ def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
         raise SettingError("precision", "float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
     if name == "bfloat16" and device == "cpu" and not cpu.has_bfloat16():
         raise SettingError(
-            "precision", "bfloat16 needs a CPU with AVX-512, and this one has none: auto draws in float32, quicker."
+            "precision",
+            "bfloat16 needs a CPU that multiplies it (AVX-512), and this one does not: auto draws in float32.",
         )
     eight_bits = name in ("int8", "float8")
     return usual_dtype(device, eight_bits) if name == "auto" or eight_bits else getattr(torch, name), eight_bits

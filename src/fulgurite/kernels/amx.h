@@ -1,6 +1,6 @@
 /* Products in bfloat16 on matrix tiles (AMX). */
 
-enum { EVENLY = 1 }; /* a block's positions must be equally far apart, also where they have places */
+enum { EVENLY = 1 };
 
 typedef struct {
     int first, second; /* positions that tiles are configured for, of the first and of the second sixteen */
@@ -62,8 +62,6 @@ INLINE void sum_tiles(const operands *o, const uint16_t *x, const uint16_t *weig
     if (low && wide) _tile_stored(3, sums + SIDE * sums_apart + SIDE, 4 * sums_apart);
 }
 
-/* Puts the block's products with inputs from x on, and tiles from weight on, where sums are, or adds them onto what is
-there. Of so many rows, as the unit is prepared for; of the first sixteen outputs alone where not wide. */
 INLINE void sum_block(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
                       long rows, int wide) {
     if (o->places) x += o->places[0];

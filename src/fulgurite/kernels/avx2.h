@@ -4,7 +4,7 @@ INLINE floats load_numbers(const number *from) { return load(from); }
 INLINE void store(floats x, number *to) { memcpy(to, &x, sizeof x); }
 
 /* A block's keys, those from count on as zeros, to tiles of their numbers: [2][wide / 16][16][16]. */
-static void turn(const number *k, long apart, long count, long wide, number *tiles) {
+INLINE void turn(const number *k, long apart, long count, long wide, number *tiles) {
     for (long first = 0; first < BLOCK; first += SIDE, tiles += SIDE * wide)
         for (long key = 0; key < SIDE; key++)
             for (long i = 0; i < wide; i++)
@@ -12,7 +12,7 @@ static void turn(const number *k, long apart, long count, long wide, number *til
 }
 
 /* A tile's depth of keys' values, those from count on as zeros: [wide / 16][16][16]. */
-static void lay_out(const number *v, long apart, long count, long wide, number *tiles) {
+INLINE void lay_out(const number *v, long apart, long count, long wide, number *tiles) {
     for (long i = 0; i < wide; i += SIDE)
         for (long key = 0; key < DEPTH; key++)
             for (long j = i; j < i + SIDE; j += LANES, tiles += LANES)
@@ -85,7 +85,7 @@ INLINE void sum_rows(const operands *o, const number *x, const number *weight, f
         for (int half = 0; half < 2; half++) _mm256_storeu_ps(sums + row * sums_apart + half * LANES, sum[row][half]);
 }
 
-/* As on tiles. Rows are shared out evenly: sums of few at a time would wait for each other. */
+/* Rows are shared out evenly: sums of few at a time would wait for each other. */
 INLINE void sum_block(const operands *o, const number *x, const number *weight, float *sums, long sums_apart, int onto,
                       long rows, int wide) {
     for (int half = 0; half <= wide; half++, weight += o->next, sums += SIDE)

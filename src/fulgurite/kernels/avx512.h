@@ -57,7 +57,6 @@ INLINE void sum_rows(const operands *o, const uint16_t *x, const uint16_t *weigh
         sum_some(o, x, weight, sums, sums_apart, onto, first, rows, 0);
 }
 
-/* As on tiles. */
 INLINE void sum_block(const operands *o, const uint16_t *x, const uint16_t *weight, float *sums, long sums_apart, int onto,
                       long rows, int wide) {
     long row = 0;

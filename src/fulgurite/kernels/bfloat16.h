@@ -14,7 +14,7 @@ INLINE void store(floats x, number *to) {
 }
 
 /* A block's keys, those from count on as zeros, to tiles of pairs of their numbers: [2][wide / 32][16][16][2]. */
-static void turn(const number *k, long apart, long count, long wide, number *tiles) {
+INLINE void turn(const number *k, long apart, long count, long wide, number *tiles) {
     ints at = (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * (int32_t)apart;
     for (long first = 0; first < DEPTH; first += SIDE, k += SIDE * apart) {
         long left = count - first < SIDE ? count - first : SIDE;
@@ -25,7 +25,7 @@ static void turn(const number *k, long apart, long count, long wide, number *til
 }
 
 /* A tile's depth of keys' values, those from count on as zeros, to tiles of pairs of keys: [wide / 16][16][16][2]. */
-static void lay_out(const number *v, long apart, long count, long wide, number *tiles) {
+INLINE void lay_out(const number *v, long apart, long count, long wide, number *tiles) {
     for (long i = 0; i < wide; i += SIDE)
         for (long key = 0; key < DEPTH; key += 2, tiles += 2 * SIDE) {
             words pair = {};

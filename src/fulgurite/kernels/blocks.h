@@ -32,6 +32,15 @@ INLINE floats load(const float *from) {
     return x;
 }
 
+/*
+Each kind of unit has these: EVENLY, whether a block's positions must be equally far apart, also where they have places;
+prepare(unit, rows) before products of blocks of so many positions, release(unit) after the last; and
+
+    sum_block(operands, x, weight, sums, sums_apart, onto, rows, wide)
+
+which puts the block's products with inputs from x on, and tiles from weight on, where sums are, or adds them onto what
+is there. Of so many rows, as the unit is prepared for; of the first sixteen outputs alone where not wide.
+*/
 #if defined FLOAT32
 #include "avx2.h"
 #elif defined __AMX_BF16__

@@ -11,7 +11,7 @@ from torch import Tensor
 PART = 1 << 14  # numbers that a thread goes through at a time: they stay in its cache. Sums are of such parts
 PAIR = 32  # numbers that a layer's norm and 8-bit kernels take at a time
 SIDE, BLOCK = 16, 32  # a tile's outputs; the positions and outputs, or keys, that are gone through at a time
-SQUARES, SPREAD = 12, 16  # of winograd.c: squares at a time at most, numbers between its matrices
+SQUARES, SPREAD = 12, 16  # for winograd.c: squares at a time, at most; numbers between its matrices, as there
 MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 
@@ -31,7 +31,7 @@ PRODUCTS: dict[str, list] = {
     "convolve": [POINTER] * 5 + [NUMBER] * 7 + [INT],
     "attend": [POINTER] * 5 + [NUMBER] * 7 + [ctypes.c_double, INT],
 }
-FILTERS: dict[str, list] = {"convolve_large": [POINTER] * 5 + [NUMBER] * 7 + [INT]}
+IN_FLOAT32 = NORMS | PRODUCTS | {"convolve_large": [POINTER] * 5 + [NUMBER] * 7 + [INT]}
 
 
 def opened(name: str, functions: dict[str, list]) -> ctypes.CDLL | None:
@@ -67,15 +67,15 @@ def products() -> ctypes.CDLL | None:
 
 @cache
 def floats() -> ctypes.CDLL | None:
-    """Norms and products in float32. None where it is no x86 processor of the last ten years (AVX2, FMA)."""
+    """Norms and products in float32. None where it is no x86 processor, or an old one (without AVX2 and FMA)."""
     found = library()
-    return opened("_floats", NORMS | PRODUCTS | FILTERS) if found and found.has_floats() else None
+    return opened("_floats", IN_FLOAT32) if found and found.has_floats() else None
 
 
 def where(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """What has this function for such numbers."""
     if dtype == torch.float32:
-        return floats() if name in NORMS | PRODUCTS | FILTERS else None
+        return floats() if name in IN_FLOAT32 else None
     if dtype == torch.bfloat16:
         return products() if name in PRODUCTS else library()
     return None
@@ -265,16 +265,8 @@ def fits_filters(weight: Tensor) -> bool:
 
 def filters(weight: Tensor) -> Tensor:
     """A weight ``[outer, inner, 3, 3]`` as ``convolve_large`` wants it: four times as many numbers, from ``tiled``."""
-    there = torch.tensor(
-        [
-            [1 / 4, 0, 0],
-            [-1 / 6] * 3,
-            [-1 / 6, 1 / 6, -1 / 6],
-            [1 / 24, 1 / 12, 1 / 6],
-            [1 / 24, -1 / 12, 1 / 6],
-            [0, 0, 1],
-        ]
-    ).double()
+    rows = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
+    there = torch.tensor(rows, dtype=torch.float64) / 24
     return tiled((there @ weight.double() @ there.T).to(weight.dtype))
 
 
@@ -291,7 +283,7 @@ def convolve_large(x: Tensor, weight: Tensor, bias: Tensor, size: torch.Size | N
     assert weight.shape[:3] == (outer // SIDE, 36, inner // SIDE)
     y = torch.empty(pictures, outer, height, width, dtype=x.dtype, memory_format=torch.channels_last)
     squares = pictures * -(-height // 4) * -(-width // 4)
-    rounds = -(-squares // (SQUARES * threads))
+    rounds = max(1, -(-squares // (SQUARES * threads)))
     at_once = -(-squares // (rounds * threads))
     scratch = torch.empty(threads, 36, at_once * (inner + outer) + 2 * SPREAD)
     pointers = (tensor.data_ptr() for tensor in (x, weight, bias, y, scratch))

@@ -15,9 +15,7 @@ enum { FOUR = 4, SIX = 6, ALL = SIX * SIX };
 enum { SPREAD = SIDE }; /* between the 36 matrices: numbers as far apart as powers of 2 would share few places of a cache */
 
 typedef struct {
-    const number *x, *weight; /* weight: [outer / 16][36][inner / 16], tiles */
     const float *bias;
-    number *y;
     long height, width, inner, outer; /* of a picture of outputs */
     long larger;                      /* how many times as large it is as what x has, by nearest neighbours: 1 or 2 */
     long lines, places;               /* of a picture of x */
@@ -90,11 +88,11 @@ static void put_back(const filter *f, const float *from, long apart, number *pic
 }
 
 /* Channels-last pictures [pictures, .., inner], as large as the outputs or half as large, to [pictures, height, width,
-outer], zeros around; inner and outer are whole sixteens. So many squares at a time, up to 32. scratch: for each thread
-room for 36 * (squares * (inner + outer) + 32). */
+outer], zeros around; inner and outer are whole sixteens. So many squares at a time, up to 32. weight: [outer / 16][36]
+[inner / 16], tiles; scratch: for each thread room for 36 * (squares * (inner + outer) + 32). */
 void convolve_large(const number *x, const number *weight, const float *bias, number *y, float *scratch, long pictures,
                     long height, long width, long inner, long outer, long larger, long at_once, int threads) {
-    filter f = {x, weight, bias, y, height, width, inner, outer, larger};
+    filter f = {bias, height, width, inner, outer, larger};
     f.lines = (height + larger - 1) / larger, f.places = (width + larger - 1) / larger;
     f.across = (width + FOUR - 1) / FOUR, f.squares = f.across * ((height + FOUR - 1) / FOUR);
     long all = pictures * f.squares, before = at_once * inner + SPREAD, after = at_once * outer + SPREAD;
@@ -111,10 +109,10 @@ void convolve_large(const number *x, const number *weight, const float *bias, nu
                 transform(&f, x + picture * f.lines * f.places * inner, line, column, transformed + i * inner, before);
             }
             for (long column = 0; column < outer; column += BLOCK)
-                for (long number = 0; number < ALL; number++) {
-                    const float *tiles = weight + (column * ALL + number * SIDE) * inner;
-                    float *sums = products + number * after + column;
-                    sum_block(&o, transformed + number * before, tiles, sums, outer, 0, count, column + SIDE < outer);
+                for (long matrix = 0; matrix < ALL; matrix++) {
+                    const float *tiles = weight + (column * ALL + matrix * SIDE) * inner;
+                    float *sums = products + matrix * after + column;
+                    sum_block(&o, transformed + matrix * before, tiles, sums, outer, 0, count, column + SIDE < outer);
                 }
             for (long i = 0; i < count; i++) {
                 long picture = (first + i) / f.squares, square = (first + i) % f.squares;

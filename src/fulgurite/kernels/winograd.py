@@ -35,8 +35,9 @@ class WinogradUpsample(nn.Module):
 
     def __init__(self, plain: Upsample) -> None:
         super().__init__()
-        self.conv = WinogradConv2d(plain.conv)
+        conv = plain.conv
+        self.weight, self.bias = compiled.filters(conv.weight.detach()), bias_of(conv.bias, conv.weight)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         size = size or torch.Size((2 * x.shape[2], 2 * x.shape[3]))
-        return compiled.convolve_large(x, self.conv.weight, self.conv.bias, size)
+        return compiled.convolve_large(x, self.weight, self.bias, size)

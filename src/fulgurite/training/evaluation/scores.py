@@ -132,7 +132,7 @@ class Evaluation:
         steps: int,
         run: Run = HERE,
     ) -> None:
-        """``steps``: of the evaluator's training. The networks are in half precision."""
+        """``steps``: of the evaluator's training. The networks are in ``half``."""
         self.card, self.vae, self.sprites, self.folder, self.run = card, networks.vae, sprites, folder, run
         self.scenes, rng = scenes_of(sprites, "captions", count, held_out=True), random.Random("captions")
         self.captions = [caption(scene, rng) for scene in self.scenes]
