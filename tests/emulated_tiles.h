@@ -46,7 +46,7 @@ static void put(int tile, void *to, long apart) {
         memcpy((char *)to + row * apart, contents[tile][row], configured.bytes[tile]);
 }
 
-static float number(uint16_t half) {
+static float in_float(uint16_t half) {
     uint32_t word = (uint32_t)half << 16;
     float value;
     memcpy(&value, &word, sizeof value);
@@ -61,7 +61,7 @@ static void add_products(int sums, int x, int weight) {
         memcpy(sum, contents[sums][row], sizeof sum);
         for (int pair = 0; pair < configured.rows[weight]; pair++)
             for (int i = 0; i < 32; i++)
-                sum[i / 2] += number(contents[x][row][2 * pair + i % 2]) * number(contents[weight][pair][i]);
+                sum[i / 2] += in_float(contents[x][row][2 * pair + i % 2]) * in_float(contents[weight][pair][i]);
         memcpy(contents[sums][row], sum, sizeof sum);
     }
 }
