@@ -42,14 +42,6 @@ INLINE void store_two(floats low, floats high, number *to) {
     store(high, to + LANES);
 }
 
-enum { EVENLY = 0 };
-
-typedef struct {
-} unit;
-
-INLINE void prepare(unit *u, long rows) {}
-INLINE void release(unit *u) {}
-
 enum { ROWS = 6 }; /* whose sums the registers hold at a time */
 
 /* Of so many rows, from the first one on, and sixteen outputs; how many is known to the compiler. */

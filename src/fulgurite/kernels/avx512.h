@@ -1,13 +1,5 @@
 /* Products in bfloat16 on vectors (AVX-512 BF16). */
 
-enum { EVENLY = 0 };
-
-typedef struct {
-} unit;
-
-INLINE void prepare(unit *u, long rows) {}
-INLINE void release(unit *u) {}
-
 enum { ROWS = 8 }; /* whose sums the registers hold at a time */
 
 /* Of so many rows, from the first one on; how many, and whether wide, is known to the compiler. */

@@ -41,12 +41,22 @@ prepare(unit, rows) before products of blocks of so many positions, release(unit
 which puts the block's products with inputs from x on, and tiles from weight on, where sums are, or adds them onto what
 is there. Of so many rows, as the unit is prepared for; of the first sixteen outputs alone where not wide.
 */
-#if defined FLOAT32
-#include "avx2.h"
-#elif defined __AMX_BF16__
+#ifdef __AMX_BF16__
 #include "bfloat16.h"
 #include "amx.h"
+#else /* vectors take positions from anywhere, and need no preparing */
+enum { EVENLY = 0 };
+
+typedef struct {
+} unit;
+
+INLINE void prepare(unit *u, long rows) {}
+INLINE void release(unit *u) {}
+
+#ifdef FLOAT32
+#include "avx2.h"
 #else
 #include "bfloat16.h"
 #include "avx512.h"
+#endif
 #endif

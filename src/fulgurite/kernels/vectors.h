@@ -20,7 +20,9 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 
-#if defined __x86_64__ && !defined FLOAT32 /* compiled for each kind of processor; which one it is, is found out as the library is loaded */
+/* Compiled for each kind of processor, where it is not for one alone: which one it is, is found out as the library is
+loaded. */
+#if defined __x86_64__ && !defined FLOAT32
 #define EACH static __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EACH static
@@ -68,7 +70,8 @@ INLINE floats evens(pairs x) { return (floats)(x << 16); }
 INLINE floats odds(pairs x) { return (floats)(x & 0xFFFF0000); }
 INLINE pairs paired(floats even, floats odd) { return to_nearest(even) >> 16 | (to_nearest(odd) & 0xFFFF0000); }
 
-/* Where the i-th of many is, once of each pair of vectors those of even places stand before the others, as evens and odds give them. */
+/* Where the i-th of many is, once of each pair of vectors those of even places stand before the others, as evens and odds
+give them. */
 INLINE long place(long i) { return i / PAIR * PAIR + i % 2 * LANES + i % PAIR / 2; }
 
 INLINE pairs load_pairs(const number *from) {

@@ -22,6 +22,15 @@ typedef struct {
     long across, squares;             /* of a line, of a picture */
 } filter;
 
+typedef struct {
+    long picture, line, column; /* of its first output */
+} square;
+
+INLINE square square_at(const filter *f, long i) {
+    long within = i % f->squares;
+    return (square){i / f->squares, within / f->across * FOUR, within % f->across * FOUR};
+}
+
 /* Six values in a line to six: products of these and of the weights' are those of polynomials at 0, 1, -1, 2, -2 and at
 infinity. */
 INLINE void there(const floats d[SIX], floats v[SIX]) {
@@ -104,9 +113,9 @@ void convolve_large(const number *x, const number *weight, const float *bias, nu
         for (long first = 0; first < all; first += at_once) {
             long count = all - first < at_once ? all - first : at_once;
             for (long i = 0; i < count; i++) {
-                long picture = (first + i) / f.squares, square = (first + i) % f.squares;
-                long line = square / f.across * FOUR - 1, column = square % f.across * FOUR - 1;
-                transform(&f, x + picture * f.lines * f.places * inner, line, column, transformed + i * inner, before);
+                square s = square_at(&f, first + i);
+                const number *picture = x + s.picture * f.lines * f.places * inner;
+                transform(&f, picture, s.line - 1, s.column - 1, transformed + i * inner, before);
             }
             for (long column = 0; column < outer; column += BLOCK)
                 for (long matrix = 0; matrix < ALL; matrix++) {
@@ -115,9 +124,8 @@ void convolve_large(const number *x, const number *weight, const float *bias, nu
                     sum_block(&o, transformed + matrix * before, tiles, sums, outer, 0, count, column + SIDE < outer);
                 }
             for (long i = 0; i < count; i++) {
-                long picture = (first + i) / f.squares, square = (first + i) % f.squares;
-                long line = square / f.across * FOUR, column = square % f.across * FOUR;
-                put_back(&f, products + i * outer, after, y + picture * height * width * outer, line, column);
+                square s = square_at(&f, first + i);
+                put_back(&f, products + i * outer, after, y + s.picture * height * width * outer, s.line, s.column);
             }
         }
     }
