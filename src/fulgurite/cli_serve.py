@@ -43,10 +43,10 @@ def serve(
         str | None, typer.Option(help="float32, bfloat16, float16 (GPU); inexact: int8 (CPU), float8 (GPU); else auto.")
     ] = None,
     triton_kernels: Annotated[
-        bool | None, typer.Option("--triton-kernels", help="Hand-written kernels on a GPU; not yet measured on any.")
+        bool | None, typer.Option(help="Hand-written kernels on an NVIDIA GPU; unless said, where they can run.")
     ] = None,
     cuda_graphs: Annotated[
-        bool | None, typer.Option("--cuda-graphs", help="A step's kernels launched at once; not yet measured on a GPU.")
+        bool | None, typer.Option(help="A network's kernels launched at once on an NVIDIA GPU; unless said, so.")
     ] = None,
     exact: Annotated[
         bool | None, typer.Option(help="A picture is the same to the bit whoever shares its batch.")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,6 +14,7 @@ from fulgurite.cards import Card, card, pull_command
 from fulgurite.errors import NotFiniteError, NotPulledError, WeightsError
 from fulgurite.kernels import cpu, float8, int8
 from fulgurite.kernels.fused import fuse
+from fulgurite.kernels.nvidia import why_not_triton
 from fulgurite.models import AttentionGuidance
 from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
 from fulgurite.sampling import (
@@ -76,14 +76,15 @@ class Pipeline:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         eight_bits: bool = False,
+        triton: bool | None = None,
         like: Networks | None = None,
     ) -> "Pipeline":
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``: it has that alone.
 
         Without a ``dtype`` it is the device's usual one. With ``eight_bits`` large layers are, which is less exact: on
-        a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. The text encoders and
-        the VAE of ``like``, another checkpoint of the same model, are used again. Raises UnknownModelError,
-        NotPulledError or WeightsError.
+        a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. ``triton``: by the
+        kernels for NVIDIA's GPUs, or without a word where they can run. The text encoders and the VAE of ``like``,
+        another checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device, eight_bits)
         steps = of_model.steps_for(steps)
@@ -91,16 +92,21 @@ class Pipeline:
         if of_model.schedules:
             of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)
-        pipeline.accelerate(eight_bits)
+        pipeline.accelerate(eight_bits, triton)
         return pipeline
 
-    def accelerate(self, eight_bits: bool = False) -> None:
+    def accelerate(self, eight_bits: bool = False, triton: bool | None = None) -> None:
         """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
         networks = self.networks
         fuse(networks.unet)
         if self.device.type != "cpu":
             if eight_bits:
                 float8.accelerate(networks.unet)
+            if triton if triton is not None else not why_not_triton(str(self.device)):
+                from fulgurite.kernels import cuda  # here: it imports Triton, which not every machine has
+
+                cuda.accelerate(networks.unet)
+                cuda.accelerate(networks.vae)
         elif self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and cpu.has_bfloat16()):
             if eight_bits:
                 int8.accelerate(networks.unet)
@@ -341,8 +347,8 @@ def size_conditioning(size: tuple[int, int]) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """Pixels ``[3, H, W]`` in -1..1 to a picture."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(array))
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())  # turned around where it is quicker
 
 
 def linear_preview(latent: Tensor, rgb: tuple[tuple[float, ...], ...]) -> Image.Image | None:

@@ -87,8 +87,8 @@ class Settings(BaseModel):
     deadline_seconds: float = Field(3600, gt=0)  # within which a picture is made, or else refused or given up
     hang_seconds: float = Field(600, gt=0)  # that one stage, such as a step, may take before the device counts as hung
     exact: bool = True  # a picture is the same to the bit whoever shares its batch; docs/engine.md: what that costs
-    triton_kernels: bool = False  # hand-written ones, on a GPU; no GPU has measured them yet
-    cuda_graphs: bool = False  # all of a step's kernels launched at once, on a GPU; no GPU has measured it yet
+    triton_kernels: bool | None = None  # hand-written ones, on an NVIDIA GPU; None: where they can run
+    cuda_graphs: bool | None = None  # a network's kernels launched at once, on an NVIDIA GPU; None: there, yes
     unet_gb: float | None = Field(None, gt=0)  # that UNets may fill before one goes; None: half the device's memory
     max_body_bytes: int = Field(1 << 20, ge=1 << 10)
     webhook_secret: SecretStr | None = None  # of which keys' own are made; None: one is made, under home

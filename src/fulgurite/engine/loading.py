@@ -1,11 +1,11 @@
 """Pipelines as the engine loads them: on this machine's device, as many UNets as its memory is to hold."""
 
+import logging
 import os
 import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -13,11 +13,14 @@ from torch import nn
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
-from fulgurite.kernels.graphs import GraphedUNet
+from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet
+from fulgurite.kernels.nvidia import why_not_triton
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
+from fulgurite.weights import Networks
 
+log = logging.getLogger("fulgurite")
 FLOAT8 = 8, 9  # the compute capability from which GPUs multiply such numbers: Ada's
 
 
@@ -43,10 +46,9 @@ def devices_here() -> list[str]:
 
 def check_gpu_settings(settings: Settings, device: str) -> None:
     """Raises SettingError where something is wanted that this device does not have."""
-    cuda = device.startswith("cuda")
-    if settings.triton_kernels and not (cuda and find_spec("triton")):
-        raise SettingError("triton_kernels", f"they need an NVIDIA GPU and Triton; the device is {device!r}.")
-    if settings.cuda_graphs and not cuda:
+    if settings.triton_kernels and (why := why_not_triton(device)):
+        raise SettingError("triton_kernels", f"{why}.")
+    if settings.cuda_graphs and not device.startswith("cuda"):
         raise SettingError("cuda_graphs", f"they need an NVIDIA GPU; the device is {device!r}.")
 
 
@@ -89,10 +91,15 @@ class Loader:
         most_bytes: int | None = None,
         *,
         precision: str = "auto",
-        triton_kernels: bool = False,
-        cuda_graphs: bool = False,
+        triton_kernels: bool | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
-        self.device, self._triton_kernels, self._cuda_graphs = device, triton_kernels, cuda_graphs
+        """``triton_kernels``, ``cuda_graphs``: None is wherever they can be."""
+        self.device, self._triton_kernels = device, triton_kernels
+        on_gpu = device.startswith("cuda")
+        self._cuda_graphs = on_gpu if cuda_graphs is None else cuda_graphs
+        if on_gpu and triton_kernels is None and (why := why_not_triton(device)):
+            log.warning("drawing without the kernels for NVIDIA's GPUs: %s", why)
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
@@ -139,16 +146,16 @@ class Loader:
             while self._loaded and self._bytes() + room > self._most_bytes:
                 self._loaded.popitem(last=False)
             pipeline = Pipeline.load(
-                model, steps=steps, device=self.device, dtype=self.dtype, eight_bits=self._eight_bits, like=like
+                model,
+                steps=steps,
+                device=self.device,
+                dtype=self.dtype,
+                eight_bits=self._eight_bits,
+                triton=self._triton_kernels,
+                like=like,
             )
-            if self._triton_kernels:
-                from fulgurite.kernels import cuda  # here: it imports Triton, which not every machine has
-
-                for network in (pipeline.networks.unet, pipeline.networks.vae):
-                    cuda.accelerate(network)
             if self._cuda_graphs:
-                unet = GraphedUNet(pipeline.networks.unet)
-                pipeline.networks = replace(pipeline.networks, unet=unet)  # type: ignore[arg-type]
+                pipeline.networks = graphed(pipeline.networks)
             self._loaded[name] = pipeline
             self._make_room_for_base()
             if self.device == "cpu":
@@ -188,6 +195,15 @@ class Loader:
         tensors = [tensor for base in bases.values() for tensor in base.values() if tensor.device.type != "cpu"]
         unets = sum(held_bytes(kept.networks.unet) for kept in self._loaded.values())
         return unets + sum(tensor.nbytes for tensor in tensors)
+
+
+def graphed(networks: Networks) -> Networks:
+    """The networks as graphs; those of another checkpoint are such already."""
+    encoders = tuple(
+        network if isinstance(network, GraphedEncoder) else GraphedEncoder(network)
+        for network in networks.text_encoders
+    )
+    return replace(networks, unet=GraphedUNet(networks.unet), text_encoders=encoders)  # type: ignore[arg-type]
 
 
 def held_bytes(network: nn.Module) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 TILE = 4096  # elements that a program holds at once
 SUMMED = 2048  # that a program of the sums does, with two sums for each
 PARTS = 64  # into which a channel's pixels are cut for the sums, so that the whole GPU is at work, but
-PIXELS = 4096  # are a part's at most
+PIXELS = 1024  # are a part's at most
 PARTIAL = 1024  # sums of parts that a group's program adds up at once
 
 

@@ -1,27 +1,27 @@
 """A network's evaluations as CUDA graphs: all of a step's kernels launched at once, none waits for Python.
 
-It has run in a simulation of graphs on a CPU (tests/test_graphs.py), and on no GPU yet: whoever wants it says so (the
-setting ``cuda_graphs``), and bench/gpu.py measures it.
+The tests run a simulation of graphs on a CPU; bench/gpu.py runs and measures them on a GPU.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fulgurite.models import AttentionGuidance, UNet
+from fulgurite.models import AttentionGuidance, CLIPTextEncoder, UNet
 
+Output = TypeVar("Output", Tensor, tuple[Tensor, Tensor])
 MOST = 32  # graphs of a network: of each number of rows and size, guided and not
 REHEARSALS = 3  # of a call before it is captured
 
 
-class Graph:
+class Graph(Generic[Output]):
     """A function of tensors as it was at one call: shapes, and whatever is no tensor, are part of it."""
 
-    def __init__(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any = None) -> None:
+    def __init__(self, call: Callable[..., Output], inputs: Sequence[Tensor], pool: Any = None) -> None:
         """``pool``: torch's handle of memory, which graphs share that never run at once."""
         self._graph, self._inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         # Libraries choose their kernels, and kernels are compiled, before the capture: in it they could not be.
@@ -33,14 +33,31 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         # What other threads do meanwhile, such as drawing a preview, is no part of it and does not end it.
         with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self._output = call(*self._inputs)
+            self._output: Output = call(*self._inputs)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Output:
         """The function of other tensors of these shapes; the output is the caller's own."""
         for mine, theirs in zip(self._inputs, inputs, strict=True):
             mine.copy_(theirs)
         self._graph.replay()
-        return self._output.clone()
+        output = self._output
+        return output.clone() if isinstance(output, Tensor) else (output[0].clone(), output[1].clone())
+
+
+class GraphedEncoder(nn.Module):
+    """A text encoder that reads prompts by graphs, one for each number of them."""
+
+    def __init__(self, encoder: CLIPTextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._graphs: dict[torch.Size, Graph[tuple[Tensor, Tensor]]] = {}
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's own ``forward``."""
+        with torch.cuda.device_of(input_ids):
+            if input_ids.shape not in self._graphs:
+                self._graphs[input_ids.shape] = Graph(self.encoder, [input_ids])
+            return self._graphs[input_ids.shape](input_ids)
 
 
 class GraphedUNet(nn.Module):
@@ -56,7 +73,7 @@ class GraphedUNet(nn.Module):
 
     def forget(self) -> None:
         """Drops all graphs, and with them their memory: torch gives none of it back while one of them lives."""
-        self._graphs: OrderedDict[tuple[object, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], Graph[Tensor]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
 
     def forward(
