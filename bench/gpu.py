@@ -1,8 +1,5 @@
 """Every variant of drawing at SDXL's sizes on one GPU, in under ten minutes: python bench/gpu.py --out results
 
-THIS HAS NOT RUN ON A GPU YET: only its smoke run on a CPU has (TRITON_INTERPRET=1, --smoke), which shows that it comes
-to its end, and in which whatever needs a GPU is skipped and says so.
-
 Random weights in half precision. Needs the package with what it depends on, and Triton for the kernels; diffusers is
 measured in the same run where it can be imported. Every result is a line of results.jsonl and of log.txt as soon as it
 is there, those of single kernels in the folder kernels. Parts are in the order of what they are to tell: what a picture
@@ -17,27 +14,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite import Picture, Pipeline
 from fulgurite.benchmark import PICTURE, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
+from fulgurite.engine.loading import graphed
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
-from fulgurite.kernels.graphs import Graph, GraphedUNet
-from fulgurite.models import VAE, UNet, UNetConfig, VAEConfig
+from fulgurite.models import UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import smallest_batch
 from fulgurite.request import plan
 from fulgurite.sampling import TRAIN_STEPS
@@ -66,7 +59,6 @@ class Bench:
             self.flops = flop_counts(work.card, work.request)
         self.time = Timer(report, device)
         self.cuda = device == "cuda"
-        self.format = torch.contiguous_format  # of the UNet; the quicker one once that is known
         self.wrong_kernels: list[str] | None = None  # not looked at yet
         self.kind = "graphs"  # what pictures are drawn by, once the kernels are found right with them too
 
@@ -107,14 +99,13 @@ class Bench:
         self.time("to host", lambda: self.pipeline.picture(row, pixels))
 
     def plain(self) -> None:
-        """Both memory formats of the plain networks."""
+        """The plain networks, the decoder in both memory formats."""
         unet, vae = self.networks.unet, self.networks.vae
         self.step("step", unet)
-        with in_format(unet, torch.channels_last, then=torch.contiguous_format):
-            self.step("step, channels-last", unet)
         self.decode("decode, channels-last")
-        with in_format(vae, torch.contiguous_format, then=torch.channels_last):
-            self.decode("decode")
+        vae.to(memory_format=torch.contiguous_format)
+        self.decode("decode")
+        vae.to(memory_format=torch.channels_last)
 
     def check_kernels(self) -> None:
         self.wrong_kernels = self.run_kernels()
@@ -139,8 +130,8 @@ class Bench:
             raise Skip("the kernels have not been found right here")
 
     def triton(self) -> None:
-        """From here on the networks are on the kernels, and the UNet in the memory format that is quicker."""
-        self.need_kernels("norms", "GEGLU")
+        """From here on the networks are on the kernels."""
+        self.need_kernels("norms", "layer norm", "GEGLU", "upsampling", "attention")
         from fulgurite.kernels import cuda
 
         unet, vae, inputs = deepcopy(self.networks.unet), deepcopy(self.networks.vae), self.inputs()
@@ -153,29 +144,26 @@ class Bench:
             raise AssertionError("the networks differ on the kernels")
         self.networks = self.pipeline.networks = replace(self.networks, unet=unet, vae=vae)
         self.kind = "Triton and graphs"
-        contiguous = self.step("step, Triton", unet)
-        with in_format(unet, torch.channels_last, then=torch.contiguous_format):
-            last = self.step("step, Triton, channels-last", unet)
-        if last < contiguous:
-            self.format = torch.channels_last
-            unet.to(memory_format=self.format)
-        self.report.row("the UNet from here on", channels_last=last < contiguous)
-        self.decode("decode, Triton, channels-last")
+        self.step("step, Triton", unet)
+        self.decode("decode, Triton")
 
-    def picture(self, name: str, steps: int, batch: int, graphs: str = "") -> None:
-        """Prompt to pixels on the host, by the pipeline's own stages, of a batch of pictures.
+    def as_served(self) -> None:
+        """Text by graphs, and what the first picture waits for once the weights are there and kernels compiled."""
+        self.needs_cuda()
+        started = time.perf_counter()
+        self.pipeline.networks = graphed(self.networks)
+        try:
+            self.pipeline.draw(replace(self.work.request, num_steps=4))
+            self.report.row("first picture", seconds=time.perf_counter() - started)
+            self.time("text, graphs", lambda: self.pipeline.encode(self.work.request.prompt), flops=self.flops["text"])
+        finally:
+            self.pipeline.networks = self.networks
 
-        ``graphs``: of what: nothing, the UNet, or the decoder too.
-        """
+    def picture(self, name: str, steps: int, batch: int, graphs: bool = False) -> None:
+        """Prompt to pixels on the host, by the pipeline's own stages, of a batch of pictures."""
         if graphs:
             self.needs_cuda()
-        networks, request = self.networks, replace(self.work.request, num_steps=steps)
-        if graphs:
-            networks = replace(networks, unet=GraphedUNet(networks.unet))
-        if graphs == "all":
-            latent = torch.empty(1, *self.to.latent_shape, device=self.device, dtype=self.dtype)
-            decode: Any = SimpleNamespace(decode=Graph(networks.vae.decode, [latent]), config=networks.vae.config)
-            networks = replace(networks, vae=decode)
+        request = replace(self.work.request, num_steps=steps)
         smallest = smallest_batch(self.work.card, self.pipeline.device, self.to.latent_shape)
 
         def draw() -> list[Picture]:
@@ -185,7 +173,7 @@ class Bench:
             return [self.pipeline.finish(row) for row in rows]
 
         wanted = draw() if graphs else []
-        self.pipeline.networks = networks
+        self.pipeline.networks = graphed(self.networks) if graphs else self.networks
         try:
             if graphs:
                 alike = [a.image.tobytes() == b.image.tobytes() for a, b in zip(draw(), wanted, strict=True)]
@@ -210,10 +198,10 @@ class Bench:
         unet = random_weights(self.work, torch.bfloat16, self.device).unet
         fuse(unet)
         cuda.accelerate(unet)
-        unet.to(memory_format=self.format)
-        inputs = self.inputs(unet=unet)
+        inputs, four = self.inputs(unet=unet), self.inputs(4, unet)
         wanted = unet(*inputs)
         self.step("step, Triton, bfloat16", unet, inputs)
+        self.step("step of 4, Triton, bfloat16", unet, four, batch=4)
         float8.accelerate(unet)
         self.step("step, Triton, float8, rounded by torch", unet, inputs)
         cuda.accelerate(unet)
@@ -223,37 +211,7 @@ class Bench:
                 error = relative_error(unet(*inputs), wanted)
                 self.report.row(f"float8{sums}, relative error of the step", step=error)
                 self.step(f"step, Triton, float8{sums}", unet, inputs)
-
-    def overlap(self) -> None:
-        """Four steps of one picture beside the decode of the one before, on streams of their own."""
-        self.needs_cuda()
-        unet, vae, inputs = self.networks.unet, self.networks.vae, self.inputs()
-        step, decode = (self.time.captured(call) for call in (lambda: unet(*inputs), lambda: vae.decode(inputs[0])))
-        side, count = torch.cuda.Stream(), 8
-
-        def together() -> None:
-            for _ in range(count):
-                for _ in range(4):
-                    step()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    decode()
-            torch.cuda.current_stream().wait_stream(side)
-
-        def apart() -> None:
-            for _ in range(count):
-                for _ in range(4):
-                    step()
-                decode()
-
-        for name, call in (("one after the other", apart), ("decode beside the steps", together)):
-            seconds = self.time(f"{count} pictures, 4 steps, {name}", call, repeats=FEW)
-            self.report.row(f"{name}, throughput of step and decode", pictures_a_second=count / seconds)
-
-    def attention(self, backend: SDPBackend) -> None:
-        self.needs_cuda()
-        with sdpa_kernel(backend):
-            self.step(f"step, {backend.name}", self.networks.unet)
+                self.step(f"step of 4, Triton, float8{sums}", unet, four, batch=4)
 
     def compiled(self) -> None:
         """By torch's compiler with its graphs, on fresh plain networks: it fuses what the kernels do by itself."""
@@ -282,16 +240,6 @@ class Bench:
         middle = {part: 1000 * statistics.median(each[part] for each in found) for part in found[0]}
         middle["to host pixels, as ours"] = middle[PICTURE] - middle["encode"]
         self.report.row(f"diffusers, {name}, 4 steps", **middle)
-
-
-@contextmanager
-def in_format(network: UNet | VAE, form: torch.memory_format, then: torch.memory_format) -> Iterator[None]:
-    """The network's weights in a memory format for a while."""
-    network.to(memory_format=form)
-    try:
-        yield
-    finally:
-        network.to(memory_format=then)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -323,31 +271,28 @@ def smoke_work() -> Work:
 def measure_all(bench: Bench) -> None:
     report = bench.report
 
-    def pictures(way: str, graphs: str, *sizes: tuple[int, int], needs: float = 15) -> None:
+    def pictures(way: str, graphs: bool, *sizes: tuple[int, int], needs: float = 15) -> None:
         for batch, steps in sizes:
             name = f"{way}, batch {batch}, {steps} step{'s' if steps > 1 else ''}"
             report.part(f"pictures: {name}", partial(bench.picture, name, steps, batch, graphs), needs)
 
     report.part("ceiling", lambda: report.row("ceiling", flops=matrix_ceiling(bench.device, bench.dtype)))
     report.part("eager", bench.eager)
-    pictures("eager", "", (1, 4), (1, 1))
+    pictures("eager", False, (1, 4), (1, 1))
     report.part("plain", bench.plain, needs=10)
     report.part("the kernels' own check", bench.check_kernels, needs=60)
     report.part("Triton kernels", bench.triton, needs=30)
+    report.part("as served", bench.as_served)
     kind = bench.kind
-    pictures(kind, "UNet", (1, 4), (1, 1))
-    pictures(f"{kind}, of the decoder too", "all", (1, 4), (1, 1))
+    pictures(kind, True, (1, 4), (1, 1))
     against_targets(report)
     report.part("float8", bench.float8, needs=30)
-    pictures(kind, "UNet", (4, 4), (8, 4), (4, 1), (8, 1), (1, 2), (1, 8), needs=20)
+    pictures(kind, True, (4, 4), (8, 4), (4, 1), (8, 1), (1, 2), (1, 8), needs=20)
     for batch in (4, 8) if bench.cuda else (2,):
         step = partial(bench.step, f"step, batch {batch}", bench.networks.unet, batch=batch)
         report.part(f"steps of {batch}", step, needs=15)
     against_targets(report)
     report.part("diffusers", partial(bench.diffusers, "eager"), needs=40)
-    report.part("overlap", bench.overlap, needs=15)
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):  # cuDNN's is what torch takes itself
-        report.part(f"attention, {backend.name}", partial(bench.attention, backend), needs=10)
     report.part("compiled", bench.compiled, needs=150)
     report.part("the kernels' times", partial(bench.run_kernels, "--times"), needs=90)
     options = {"channels_last": True, "compiled": True}

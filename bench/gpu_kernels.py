@@ -12,21 +12,26 @@ GPU's cache from call to call, as they may between a network's layers.
 
 import argparse
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import GroupNorm
+from torch.nn import GroupNorm, LayerNorm
 
 from fulgurite.kernels import float8
-from fulgurite.models.layers import GroupNormSiLU
+from fulgurite.models.layers import DotProductAttention, GroupNormSiLU, Upsample
 from report import Report
 from timing import Timer
 
 NORM_SHAPES = [(1, 320, 128, 128), (1, 1280, 32, 32), (1, 512, 256, 256), (1, 256, 1024, 1024), (1, 128, 1024, 1024)]
 ROUNDED_SHAPES = [(4096, 640), (4096, 2560), (1024, 1280), (1024, 5120)]
+LAYER_NORMS = [(1280, 1024), (640, 4096)]  # width, rows
+UPSAMPLED_SHAPES = [(1, 1280, 32, 32), (1, 512, 256, 256), (1, 256, 512, 512)]
+ATTENTIONS = [(16384, 512)]  # length, width of the one head
+CHANNELS_LAST = torch.channels_last
 GEGLU_SHAPES = [(1, 4096, 2 * 2560), (1, 1024, 2 * 5120)]
 TOLERANCE = {torch.float16: 4e-3, torch.float32: 1e-4}  # relative to 1 + the value
 
@@ -61,8 +66,31 @@ class Kernels:
         value, gate = both.chunk(2, dim=-1)
         self.both(f"GEGLU {'x'.join(map(str, shape))}", lambda: geglu(both), lambda: value * F.gelu(gate))
 
+    def layer_norm(self, width: int, rows: int) -> None:
+        from fulgurite.kernels.cuda_rows import layer_norm
+
+        norm = LayerNorm(width, device=self.device, dtype=self.dtype)
+        x, more = self.random(1, rows, width), self.random(1, rows, width)
+        name = f"layer norm of a sum {rows}x{width}"
+        self.both(name, lambda: layer_norm(x, norm, more)[1], lambda: norm(x + more))
+
+    def upsampling(self, shape: tuple[int, ...]) -> None:
+        from fulgurite.kernels import cuda
+
+        plain, x = Upsample(shape[1]).to(self.device, self.dtype).to(memory_format=CHANNELS_LAST), self.random(*shape)
+        x, fused = x.to(memory_format=CHANNELS_LAST), deepcopy(plain)
+        cuda.accelerate(fused)
+        self.both(f"upsampling and convolution {'x'.join(map(str, shape))}", lambda: fused(x), lambda: plain(x))
+
+    def attention(self, length: int, width: int) -> None:
+        from fulgurite.kernels.cuda import wide_attention
+
+        q, k, v = (self.random(1, length, width) for _ in range(3))
+        plain = DotProductAttention(width)
+        self.both(f"attention {length}x{width}", lambda: wide_attention(q, k, v), lambda: plain(q, k, v))
+
     def rounding(self, shape: tuple[int, ...]) -> None:
-        from fulgurite.kernels.cuda import rounded
+        from fulgurite.kernels.cuda_rows import rounded
 
         name, rows = f"8 bits {'x'.join(map(str, shape))}", self.random(*shape).bfloat16()
         (found, scales), (wanted, wanted_scales) = rounded(rows), float8.rounded(rows)
@@ -106,6 +134,12 @@ def main() -> None:
         for shape in norms:
             for form in (torch.contiguous_format, torch.channels_last):
                 report.part(f"norms of {shape}, {form}", partial(kernels.norms, shape, form))
+        for sizes in [(64, 8)] if given.smoke else LAYER_NORMS:
+            report.part(f"layer norm of {sizes}", partial(kernels.layer_norm, *sizes))
+        for shape in [(1, 16, 4, 4)] if given.smoke else UPSAMPLED_SHAPES:
+            report.part(f"upsampling of {shape}", partial(kernels.upsampling, shape))
+        for sizes in [(16, 288)] if given.smoke else ATTENTIONS:
+            report.part(f"attention of {sizes}", partial(kernels.attention, *sizes))
         for shape in gates:
             report.part(f"GEGLU of {shape}", partial(kernels.gate, shape))
         for shape in rounded:

@@ -8,8 +8,8 @@
 4. Serving: bench/serving.py's loads and ways.
 
 Every result is a line of FOLDER/results.jsonl as soon as it is there. It should need 35 GB of GPU memory; of its
-minutes most are serving's: three times --seconds for each load, and as long as pictures then still wait. It has not run
-on a GPU: only with `--smoke`, the same over tiny networks on a CPU.
+minutes most are serving's: three times --seconds for each load, and as long as pictures then still wait. With `--smoke`
+the same over tiny networks on a CPU.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
+from fulgurite.engine.loading import graphed
 from fulgurite.models import CLIPTextConfig, UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import Row, smallest_batch, usual_dtype
 from fulgurite.request import plan
@@ -70,6 +71,8 @@ class RandomWeights:
             self._pipelines[steps].latents = self.latents
         for pipeline in self._pipelines.values():
             pipeline.accelerate()  # what all share is exchanged once: there is nothing left to exchange the next time
+            if device == "cuda":
+                pipeline.networks = graphed(pipeline.networks)
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         return self._pipelines[card(model).steps_for(steps)]

@@ -34,7 +34,8 @@ FLOAT8 = 89  # the capability from which a GPU has such numbers
 
 def kernels() -> list[tuple[ModuleType, str]]:
     """Every kernel of the package, by its module and name."""
-    return [(module, name) for module in (cuda, cuda_norm, cuda_rows) for name in vars(module) if name.endswith("_kernel")]
+    modules = cuda, cuda_norm, cuda_rows
+    return [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
 class Absent:

@@ -16,8 +16,8 @@ from fulgurite import Request
 from fulgurite.engine import Loader
 from fulgurite.kernels import compiled, graphs
 from fulgurite.kernels.fused import fuse
-from fulgurite.kernels.graphs import Graph, GraphedUNet
-from fulgurite.models import AttentionGuidance, UNet
+from fulgurite.kernels.graphs import Graph, GraphedEncoder, GraphedUNet, GraphedVAE
+from fulgurite.models import AttentionGuidance, CLIPTextEncoder, UNet
 
 
 class Simulated(TorchDispatchMode):
@@ -73,6 +73,18 @@ def test_a_graph_knows_what_its_inputs_hold_and_nothing_else() -> None:
     assert kept.tolist() == [2, 2, 2]  # the caller's own, though the graph writes to one place
 
 
+def test_a_text_encoder_reads_other_prompts_by_its_graph() -> None:
+    torch.manual_seed(0)
+    encoder = CLIPTextEncoder(small.SECOND).requires_grad_(False).eval()
+    graphed = GraphedEncoder(encoder)
+    end = small.SECOND.eos_token_id
+    for prompts in ([[0, 5, end]], [[0, end, end]], [[0, 7, end], [0, end, end]]):
+        ids = torch.tensor(prompts)
+        for found, wanted in zip(graphed(ids), encoder(ids), strict=True):
+            assert torch.equal(found, wanted)
+    assert len(graphed.graphs.kept) == 2
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     torch.manual_seed(0)
@@ -108,7 +120,7 @@ def test_replays_have_the_networks_bits(unet: UNet, guided: bool) -> None:
             given = inputs(unet, rows, side, seed)
             away = guidance(unet, rows, seed) if guided else None
             assert torch.equal(graphed(*given, away), unet(*given, away))
-    assert len(graphed._graphs) == 3
+    assert len(graphed.graphs.kept) == 3
 
 
 def test_tau_is_part_of_a_graph(unet: UNet) -> None:
@@ -124,7 +136,7 @@ def test_the_oldest_graph_goes(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> N
     for rows in (1, 2, 1, 3, 1):
         given = inputs(unet, rows, 8, rows)
         assert torch.equal(graphed(*given), unet(*given))
-    assert [key[1][0] for key in graphed._graphs] == [3, 1]  # rows
+    assert [key[1][0] for key in graphed.graphs.kept] == [3, 1]  # rows
 
 
 @needs_weights
@@ -135,6 +147,8 @@ def test_pictures_by_graphs_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
         Loader("cpu", precision="float32", cuda_graphs=wanted)(f"{SPARK}-lightning", 2) for wanted in (False, True)
     )
     assert isinstance(graphed.networks.unet, GraphedUNet)
+    assert isinstance(graphed.networks.vae, GraphedVAE)
+    assert {type(encoder) for encoder in graphed.networks.text_encoders} == {GraphedEncoder}
     for request in (
         Request("a red fox", num_steps=2, seed=1),
         Request("a blue rocket", num_steps=2, seed=2, negative_prompt="fire", width=512),

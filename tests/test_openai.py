@@ -140,7 +140,19 @@ def test_a_key_that_may_have_fewer_at_once_is_told_before_any_is_made(client: Te
     assert refused.json()["error"]["message"] == "n: this key may have 1 picture made at once."
 
 
-def test_what_is_made_when_the_server_stops_is_delivered(engine: FakeEngine, ledger: Ledger) -> None:
+@pytest.mark.parametrize("late", [0, 1.5])
+def test_what_is_made_when_the_server_stops_is_delivered(
+    engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, late: float
+) -> None:
+    """Also where the server hears so late that it is in the ledger that the time to stop within is over by then."""
+    settle = ledger.settle
+
+    def settled_late(*arguments: Any) -> Future[Any]:
+        settled, heard = settle(*arguments), Future[Any]()
+        threading.Timer(late, lambda: heard.set_result(settled.result())).start()
+        return heard
+
+    monkeypatch.setattr(ledger, "settle", settled_late)
     engine.waits = {9: threading.Event()}
     server = server_for(create_app(engine, ledger, read_settings(shutdown_seconds=1)), 1)
     listener = listen("127.0.0.1", 0)

@@ -13,7 +13,7 @@ from torch import nn
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
-from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet
+from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet, GraphedVAE
 from fulgurite.kernels.nvidia import why_not_triton
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
@@ -174,8 +174,9 @@ class Loader:
         for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
         for kept in self._loaded.values():
-            if isinstance(kept.networks.unet, GraphedUNet):
-                kept.networks.unet.forget()
+            for network in (kept.networks.unet, kept.networks.vae):
+                if isinstance(network, GraphedUNet | GraphedVAE):
+                    network.graphs.forget()
         self._drop_bases()
 
     def _make_room_for_base(self) -> None:
@@ -203,7 +204,8 @@ def graphed(networks: Networks) -> Networks:
         network if isinstance(network, GraphedEncoder) else GraphedEncoder(network)
         for network in networks.text_encoders
     )
-    return replace(networks, unet=GraphedUNet(networks.unet), text_encoders=encoders)  # type: ignore[arg-type]
+    vae = networks.vae if isinstance(networks.vae, GraphedVAE) else GraphedVAE(networks.vae)
+    return replace(networks, unet=GraphedUNet(networks.unet), vae=vae, text_encoders=encoders)  # type: ignore[arg-type]
 
 
 def held_bytes(network: nn.Module) -> int:

@@ -14,7 +14,7 @@ from fulgurite.kernels.cuda_norm import load
 from fulgurite.kernels.float8 import KIND, SMALLEST, UNIT
 
 A_WARP = 512  # elements of a row to round: 16 bytes for each of its threads to write
-NORMED = 256  # elements of a row to norm that a warp has: 16 bytes for each of its threads
+NORMED = 1024  # elements of a row to norm that a warp has
 PASSED = 4096  # scores that a program of softmax has at once
 LEAST = -1e30  # below any score, and what may be taken from itself
 
@@ -55,7 +55,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, more: Tensor | None = None) -> tup
             width,
             norm.eps,
             BLOCK=block,
-            num_warps=min(max(block // NORMED, 1), 8),
+            num_warps=min(max(block // NORMED, 2), 8),
         )
     return total, out
 
@@ -87,7 +87,7 @@ def softmax(scores: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(scores, dtype=dtype)
     block = min(triton.next_power_of_2(width), PASSED)
     with torch.cuda.device_of(scores):
-        _softmax_kernel[scores.numel() // width,](out, scores, width, factor, LEAST=LEAST, BLOCK=block, num_warps=8)
+        _softmax_kernel[scores.numel() // width,](out, scores, width, factor, LEAST=LEAST, BLOCK=block, num_warps=16)
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fulgurite.models import AttentionGuidance, CLIPTextEncoder, UNet
+from fulgurite.models import VAE, AttentionGuidance, CLIPTextEncoder, UNet
 
 Output = TypeVar("Output", Tensor, tuple[Tensor, Tensor])
 MOST = 32  # graphs of a network: of each number of rows and size, guided and not
@@ -44,24 +44,57 @@ class Graph(Generic[Output]):
         return output.clone() if isinstance(output, Tensor) else (output[0].clone(), output[1].clone())
 
 
+class Graphs(Generic[Output]):
+    """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all graphs, and with them their memory: torch gives none of it back while one of them lives."""
+        self.kept: OrderedDict[tuple[object, ...], Graph[Output]] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[..., Output], *inputs: Tensor, of: object = None) -> Output:
+        """The network's call. ``of``: what it depends on besides its inputs."""
+        key = of, *(tensor.shape for tensor in inputs)
+        with torch.cuda.device_of(inputs[0]):  # streams are the current device's, whichever the tensors are on
+            if key not in self.kept:
+                if len(self.kept) == MOST:
+                    self.kept.popitem(last=False)
+                self.kept[key] = Graph(call, inputs, self._pool)
+            self.kept.move_to_end(key)
+            return self.kept[key](*inputs)
+
+
 class GraphedEncoder(nn.Module):
-    """A text encoder that reads prompts by graphs, one for each number of them."""
+    """A text encoder that reads prompts by graphs."""
 
     def __init__(self, encoder: CLIPTextEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self._graphs: dict[torch.Size, Graph[tuple[Tensor, Tensor]]] = {}
+        self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs()
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's own ``forward``."""
-        with torch.cuda.device_of(input_ids):
-            if input_ids.shape not in self._graphs:
-                self._graphs[input_ids.shape] = Graph(self.encoder, [input_ids])
-            return self._graphs[input_ids.shape](input_ids)
+        return self.graphs(self.encoder, input_ids)
+
+
+class GraphedVAE(nn.Module):
+    """A VAE that decodes by graphs: one for each size."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae, self.config = vae, vae.config
+        self.graphs: Graphs[Tensor] = Graphs()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The VAE's own ``decode``."""
+        return self.graphs(self.vae.decode, latents)
 
 
 class GraphedUNet(nn.Module):
-    """A UNet that draws with graphs: each is captured when rows of its number, size and guidance first come.
+    """A UNet that draws by graphs: one for each number of rows, size and guidance.
 
     It runs the kernels that the network runs at such a call, so a row's bits stay what they are.
     """
@@ -69,12 +102,7 @@ class GraphedUNet(nn.Module):
     def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet, self.read = unet, unet.read
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops all graphs, and with them their memory: torch gives none of it back while one of them lives."""
-        self._graphs: OrderedDict[tuple[object, ...], Graph[Tensor]] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
+        self.graphs: Graphs[Tensor] = Graphs()
 
     def forward(
         self,
@@ -86,20 +114,11 @@ class GraphedUNet(nn.Module):
         guidance: AttentionGuidance | None = None,
     ) -> Tensor:
         """The network's own ``forward``."""
-        inputs, tau = [x, timestep, context, pooled, sizes], None
-        call: Callable[..., Tensor] = self.unet
-        if guidance:
-            inputs += [guidance.context, guidance.strength]
-            tau = guidance.tau
-            call = partial(self._guided, tau)
-        key = tau, *(tensor.shape for tensor in inputs)
-        with torch.cuda.device_of(x):  # streams are the current device's, whichever the tensors are on
-            if key not in self._graphs:
-                if len(self._graphs) == MOST:
-                    self._graphs.popitem(last=False)
-                self._graphs[key] = Graph(call, inputs, self._pool)
-            self._graphs.move_to_end(key)
-            return self._graphs[key](*inputs)
+        inputs = x, timestep, context, pooled, sizes
+        if not guidance:
+            return self.graphs(self.unet, *inputs)
+        guided = partial(self._guided, guidance.tau)
+        return self.graphs(guided, *inputs, guidance.context, guidance.strength, of=guidance.tau)
 
     def _guided(self, tau: float, *inputs: Tensor) -> Tensor:
         *told, avoided, strength = inputs

@@ -23,7 +23,7 @@ from fulgurite.parameters import LEAST_SIDE, MOST_SIDE, Parameters, counted_up, 
 from fulgurite.records import Answer
 from fulgurite.server.body import PictureBody, read_body
 from fulgurite.server.headers import LIMITS, NOTES
-from fulgurite.server.jobs import Order, made, notes_header, so_far
+from fulgurite.server.jobs import LAST_SECONDS, Order, made, notes_header, so_far
 from fulgurite.server.limits import counted
 from fulgurite.server.openai_stream import OpenAIDialect
 from fulgurite.server.pictures import BEARER, IDEMPOTENCY_HEADER, awaited
@@ -163,6 +163,8 @@ async def all_made(http: HTTPRequest, service: Service, orders: list[Order]) -> 
         try:
             ends = await asyncio.gather(*(awaited(http, service.jobs, job) for job in jobs), return_exceptions=True)
         except asyncio.CancelledError:  # the server stops: what is made by now is paid for, and goes out
+            if drawn := [task for job, task in zip(jobs, tasks, strict=True) if job.future and job.future.done()]:
+                await asyncio.wait(drawn, timeout=LAST_SECONDS)  # what is drawn may not be written down yet
             ends = [so_far(task) for task in tasks]
     errors = [end for end in ends if isinstance(end, BaseException)]
     if len(errors) == len(ends):
