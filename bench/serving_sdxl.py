@@ -2,7 +2,8 @@
 
 1. Same bits: a random mix of pictures that join and are cancelled at random moments, the last latent and the pixels of
    each compared to the bit with those of its request drawn alone.
-2. What exactness costs: milliseconds of a step by its rows, and which numbers of rows give the bits of smaller ones.
+2. What exactness costs: milliseconds of a step by its rows, and which numbers of rows give the bits of smaller ones;
+   and which kinds of the UNet's layers do not, in a batch of four.
 3. What another checkpoint costs: seconds to merge a LoRA of rank 64 from its file into the UNet that is on the device,
    and to copy a whole UNet from the host's memory instead, from pages that the device reads by itself and from others.
 4. Serving: bench/serving.py's loads and ways.
@@ -27,22 +28,27 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
 from fulgurite.engine.loading import graphed
+from fulgurite.kernels.graphs import GraphedUNet
 from fulgurite.models import CLIPTextConfig, UNet, UNetConfig, VAEConfig
+from fulgurite.models.layers import DotProductAttention, Upsample
+from fulgurite.models.unet import ResnetBlock
 from fulgurite.pipeline import Row, smallest_batch, usual_dtype
 from fulgurite.request import plan
 from fulgurite.weights.lora import merged
 from peers.works import Work, random_weights, sdxl
-from report import Report
+from report import Report, Skip
 from serving import STEPS, Bench, measured
 
 MODEL = "bytedance/stable-diffusion-xl-lightning"
 SIZES = ((1024, 1024), (1152, 896), (896, 1152))
+COMPARED = (nn.Linear, nn.GroupNorm, nn.Conv2d, ResnetBlock, DotProductAttention, Upsample)
 SMOKE_SIZES = ((256, 256), (320, 256))
 
 
@@ -125,8 +131,44 @@ def same_bits(load: RandomWeights, bench: Bench, count: int, pause: float) -> di
     engine.close()
     load.latents.clear()
     if stats["rows"] == stats["steps"]:
-        raise AssertionError("no picture shared a step, so nothing was compared")
+        raise Skip("no picture shared a step, so nothing was compared: no larger batch has a picture's own bits here")
     return found | {"steps": stats["steps"], "rows": stats["rows"], "errors": stats["failed"]}
+
+
+def layers_apart(load: RandomWeights, size: tuple[int, int], report: Report, batch: int = 4) -> None:
+    """Of each kind of layer, how many a step runs, and of how many a batch's rows have other bits than alone."""
+    pipeline, request = load(MODEL, 4), Request("a fox", "", size[1], size[0], 4)
+    unet = pipeline.networks.unet
+    plain = unet.unet if isinstance(unet, GraphedUNet) else unet
+    counts: dict[str, list[int]] = {}
+    looking = False
+
+    def look(layer: nn.Module, given: tuple[Any, ...], found: torch.Tensor) -> None:
+        nonlocal looking
+        if looking or len(found) != batch:
+            return
+        looking = True  # what it calls is looked at beside it, not here
+        alone = [layer(*(of_row(value, i, batch) for value in given)) for i in range(batch)]
+        looking = False
+        ran, apart = counts.setdefault(type(layer).__name__, [0, 0])
+        counts[type(layer).__name__] = [ran + 1, apart + (not torch.equal(torch.cat(alone), found))]
+
+    layers = [layer for layer in plain.modules() if isinstance(layer, COMPARED)]
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    pipeline.networks = replace(pipeline.networks, unet=plain)
+    try:
+        rows = [pipeline.start(replace(request, seed=seed), pipeline.encode) for seed in range(batch)]
+        pipeline.step(rows, batch)
+    finally:
+        pipeline.networks = replace(pipeline.networks, unet=unet)
+        for hook in hooks:
+            hook.remove()
+    for kind, (ran, apart) in counts.items():
+        report.row(f"{kind}, rows of {batch} beside rows alone", ran=ran, apart=apart)
+
+
+def of_row(value: Any, row: int, batch: int) -> Any:
+    return value[row : row + 1] if isinstance(value, torch.Tensor) and len(value) == batch else value
 
 
 def step_times(load: RandomWeights, size: tuple[int, int], report: Report) -> None:
@@ -217,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured(bench, options.loads, options.seconds, run=in_this_process, keep=keep)
 
     report.part("same bits", bits)
+    report.part("layers apart", lambda: layers_apart(load, sizes[0], report))
     for size in sizes:
         report.part(f"steps of {size[0]}x{size[1]}", partial(step_times, load, size, report))
     report.part("another checkpoint", lambda: switching(load(MODEL, 8), load.plain_unet, report))

@@ -88,5 +88,6 @@ def test_the_engine_at_sdxls_sizes(tmp_path: Path) -> None:
     assert found["pictures"]["compared"] > 0
     assert found["pictures"]["different"] == found["pictures"]["errors"] == 0
     assert {row["exact"] for name, row in found.items() if name.startswith("step of 1,")} == {True}
+    assert {row["apart"] for name, row in found.items() if name.endswith("beside rows alone")} == {0}
     assert found["another checkpoint, merge"]["seconds"] > 0
     assert found["serving, load 0.8, ours"]["pictures"] > 0
