@@ -1,6 +1,6 @@
 """The first steps of SDXL's distillation at full size, with random weights: memory, and seconds a step.
 
-Ready for one GPU of 80 GB. The plan's first stage as it is, a whole UNet by squared error; a LoRA by squared error and
+For one GPU of 80 GB. The plan's first stage as it is, a whole UNet by squared error; a LoRA by squared error and
 then, upon it, another against a discriminator; and a whole UNet against a discriminator, which may not fit. A step is
 one batch: the plan's updates gather many. Writes up to 17 GB into a temporary folder. With --small the networks are
 small, which any machine bears.

@@ -102,10 +102,9 @@ class Bench:
         """The plain networks, the decoder in both memory formats."""
         unet, vae = self.networks.unet, self.networks.vae
         self.step("step", unet)
-        self.decode("decode, channels-last")
-        vae.to(memory_format=torch.contiguous_format)
-        self.decode("decode")
-        vae.to(memory_format=torch.channels_last)
+        for form in (torch.channels_last, torch.contiguous_format):
+            vae.to(memory_format=form)
+            self.decode(f"decode, {form}")
 
     def check_kernels(self) -> None:
         self.wrong_kernels = self.run_kernels()
@@ -151,7 +150,7 @@ class Bench:
         """Text by graphs, and what the first picture waits for once the weights are there and kernels compiled."""
         self.needs_cuda()
         started = time.perf_counter()
-        self.pipeline.networks = graphed(self.networks)
+        self.pipeline.networks = graphed(self.networks, torch.cuda.graph_pool_handle())
         try:
             self.pipeline.draw(replace(self.work.request, num_steps=4))
             self.report.row("first picture", seconds=time.perf_counter() - started)
@@ -173,7 +172,8 @@ class Bench:
             return [self.pipeline.finish(row) for row in rows]
 
         wanted = draw() if graphs else []
-        self.pipeline.networks = graphed(self.networks) if graphs else self.networks
+        if graphs:
+            self.pipeline.networks = graphed(self.networks, torch.cuda.graph_pool_handle())
         try:
             if graphs:
                 alike = [a.image.tobytes() == b.image.tobytes() for a, b in zip(draw(), wanted, strict=True)]
@@ -266,9 +266,16 @@ def smoke_work() -> Work:
     """Everything small, for a CPU: few channels above all, which Triton's interpreter takes one by one."""
     small = card("fulgurite/spark")
     unet = UNetConfig(4, 4, (16, 32), 1, (0, 1), 16, 320, 16, 192, 2)
-    vae = VAEConfig(3, 4, (4, 4, 4, 4, 4, 8), 1, 2, 1.0)  # a level more than Spark's, for a smaller latent
+    vae = VAEConfig(3, 4, (4, 4, 4, 4, 4, 4, 8), 1, 2, 1.0)  # more levels than Spark's, for a smaller latent
     of_model = replace(small, unet=unet, vae=vae, native_shapes=(), preview_rgb=(), schedules=STEPS)
     return replace(sdxl(256), card=of_model)
+
+
+def large_tiles() -> None:
+    """For Triton's interpreter, which takes no longer for a program of many numbers than for one of few."""
+    from fulgurite.kernels import cuda, cuda_norm
+
+    cuda.TILE = cuda_norm.TILE = cuda_norm.SUMMED = cuda_norm.PIXELS = 1 << 16
 
 
 def measure_all(bench: Bench) -> None:
@@ -315,6 +322,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     report.row("machine", device=name, torch=torch.__version__, python=platform.python_version())
     if given.smoke:
+        large_tiles()
         bench = Bench(report, smoke_work(), "cpu", torch.float32)
     else:
         bench = Bench(report, sdxl(1024), "cuda", torch.float16)

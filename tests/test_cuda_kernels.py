@@ -381,7 +381,23 @@ def test_networks_give_the_same_on_the_kernels(tiny, joined, form):
     assert not set(FUSED) & kinds
     found = unet(*inputs), vae.decode(x[:1])
     for one, other in zip(found, wanted, strict=True):
+        assert one.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_stay_where_graphs_found_them(tiny):
+    """When another checkpoint is loaded beside them, which has the same decoder prepared once more."""
+    vae = deepcopy(tiny.networks.vae)
+
+    def places() -> list[int]:
+        return [tensor.data_ptr() for tensor in (*vae.parameters(), *vae.buffers())]
+
+    accelerate(vae)
+    assert list(vae.buffers())
+    known = places()
+    accelerate(vae)
+    vae.to(memory_format=torch.channels_last)
+    assert places() == known
 
 
 @pytest.mark.usefixtures("rounds_as_a_gpu_does")

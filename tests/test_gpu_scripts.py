@@ -51,7 +51,7 @@ def test_every_way_of_drawing(tmp_path: Path) -> None:
     assert skipped.keys() == graphed | only_on_a_gpu
     assert set(skipped.values()) == {"there is no GPU here"}
     timed = {name for name, row in rows.items() if "ms" in row}
-    assert {"step, eager", "decode, channels-last", "step, Triton", "step of 1, Triton, float8"} <= timed
+    assert {"step, eager", "decode, torch.channels_last", "step, Triton", "step of 1, Triton, float8"} <= timed
     assert rows["kernels that are wrong here"] == {"names": []}
     kernels = kept(tmp_path / "kernels")  # told by a process of its own
     assert min(kernels[f"GEGLU 1x4x64, {way}"]["ms"] for way in ("plain", "Triton")) > 0

@@ -41,6 +41,8 @@ class Simulated(TorchDispatchMode):
 
 
 class Stream:
+    def __init__(self, device: int = 0) -> None: ...
+
     def wait_stream(self, other: "Stream") -> None: ...
 
 
@@ -54,6 +56,7 @@ def capture(graph: Simulated, pool: object, stream: object, capture_error_mode: 
 def _simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_ins = {
         "CUDAGraph": Simulated, "Stream": Stream, "current_stream": Stream, "graph": capture,
+        "current_device": lambda: 0,
         "graph_pool_handle": lambda: (0, 1), "stream": lambda stream: torch.inference_mode(),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
@@ -76,7 +79,7 @@ def test_a_graph_knows_what_its_inputs_hold_and_nothing_else() -> None:
 def test_a_text_encoder_reads_other_prompts_by_its_graph() -> None:
     torch.manual_seed(0)
     encoder = CLIPTextEncoder(small.SECOND).requires_grad_(False).eval()
-    graphed = GraphedEncoder(encoder)
+    graphed = GraphedEncoder(encoder, None)
     end = small.SECOND.eos_token_id
     for prompts in ([[0, 5, end]], [[0, end, end]], [[0, 7, end], [0, end, end]]):
         ids = torch.tensor(prompts)
@@ -114,7 +117,7 @@ def guidance(unet: UNet, rows: int, seed: int, tau: float = 2.5) -> AttentionGui
 @pytest.mark.parametrize("guided", [False, True])
 def test_replays_have_the_networks_bits(unet: UNet, guided: bool) -> None:
     """Other numbers, timesteps, prompts, sizes and strengths than those that were captured."""
-    graphed = GraphedUNet(unet)
+    graphed = GraphedUNet(unet, None)
     for seed in range(3):
         for rows, side in ((1, 8), (2, 8), (1, 12)):
             given = inputs(unet, rows, side, seed)
@@ -124,7 +127,7 @@ def test_replays_have_the_networks_bits(unet: UNet, guided: bool) -> None:
 
 
 def test_tau_is_part_of_a_graph(unet: UNet) -> None:
-    graphed, given = GraphedUNet(unet), inputs(unet, 1, 8, 2)
+    graphed, given = GraphedUNet(unet, None), inputs(unet, 1, 8, 2)
     for tau in (1.0, 2.5, 1.0):
         away = guidance(unet, 1, 2, tau)
         assert torch.equal(graphed(*given, away), unet(*given, away))
@@ -132,7 +135,7 @@ def test_tau_is_part_of_a_graph(unet: UNet) -> None:
 
 def test_the_oldest_graph_goes(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 2)
-    graphed = GraphedUNet(unet)
+    graphed = GraphedUNet(unet, None)
     for rows in (1, 2, 1, 3, 1):
         given = inputs(unet, rows, 8, rows)
         assert torch.equal(graphed(*given), unet(*given))

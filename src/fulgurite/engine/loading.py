@@ -1,11 +1,11 @@
 """Pipelines as the engine loads them: on this machine's device, as many UNets as its memory is to hold."""
 
-import logging
 import os
 import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
 from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet, GraphedVAE
-from fulgurite.kernels.nvidia import why_not_triton
+from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
 from fulgurite.weights import Networks
 
-log = logging.getLogger("fulgurite")
+GRAPHED = GraphedUNet, GraphedVAE, GraphedEncoder
 FLOAT8 = 8, 9  # the compute capability from which GPUs multiply such numbers: Ada's
 
 
@@ -48,7 +48,7 @@ def check_gpu_settings(settings: Settings, device: str) -> None:
     """Raises SettingError where something is wanted that this device does not have."""
     if settings.triton_kernels and (why := why_not_triton(device)):
         raise SettingError("triton_kernels", f"{why}.")
-    if settings.cuda_graphs and not device.startswith("cuda"):
+    if settings.cuda_graphs and not is_nvidia(device):
         raise SettingError("cuda_graphs", f"they need an NVIDIA GPU; the device is {device!r}.")
 
 
@@ -96,10 +96,9 @@ class Loader:
     ) -> None:
         """``triton_kernels``, ``cuda_graphs``: None is wherever they can be."""
         self.device, self._triton_kernels = device, triton_kernels
-        on_gpu = device.startswith("cuda")
-        self._cuda_graphs = on_gpu if cuda_graphs is None else cuda_graphs
-        if on_gpu and triton_kernels is None and (why := why_not_triton(device)):
-            log.warning("drawing without the kernels for NVIDIA's GPUs: %s", why)
+        self._cuda_graphs = is_nvidia(device) if cuda_graphs is None else cuda_graphs
+        # One for all: graphs never run at once, and what they give is copied at once.
+        self._graphs_pool = torch.cuda.graph_pool_handle() if self._cuda_graphs else None
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
@@ -155,7 +154,7 @@ class Loader:
                 like=like,
             )
             if self._cuda_graphs:
-                pipeline.networks = graphed(pipeline.networks)
+                pipeline.networks = graphed(pipeline.networks, self._graphs_pool)
             self._loaded[name] = pipeline
             self._make_room_for_base()
             if self.device == "cpu":
@@ -174,9 +173,9 @@ class Loader:
         for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
         for kept in self._loaded.values():
-            for network in (kept.networks.unet, kept.networks.vae):
-                if isinstance(network, GraphedUNet | GraphedVAE):
-                    network.graphs.forget()
+            for network in (kept.networks.unet, kept.networks.vae, *kept.networks.text_encoders):
+                if isinstance(network, GRAPHED):  # torch gives no graph's memory back while one lives
+                    network.graphs.kept.clear()
         self._drop_bases()
 
     def _make_room_for_base(self) -> None:
@@ -198,14 +197,15 @@ class Loader:
         return unets + sum(tensor.nbytes for tensor in tensors)
 
 
-def graphed(networks: Networks) -> Networks:
-    """The networks as graphs; those of another checkpoint are such already."""
+def graphed(networks: Networks, pool: Any) -> Networks:
+    """The networks as graphs that share a pool of memory; those of another checkpoint are such already."""
     encoders = tuple(
-        network if isinstance(network, GraphedEncoder) else GraphedEncoder(network)
+        network if isinstance(network, GraphedEncoder) else GraphedEncoder(network, pool)
         for network in networks.text_encoders
     )
-    vae = networks.vae if isinstance(networks.vae, GraphedVAE) else GraphedVAE(networks.vae)
-    return replace(networks, unet=GraphedUNet(networks.unet), vae=vae, text_encoders=encoders)  # type: ignore[arg-type]
+    vae, unet = networks.vae, GraphedUNet(networks.unet, pool)
+    vae = vae if isinstance(vae, GraphedVAE) else GraphedVAE(vae, pool)  # type: ignore[assignment]
+    return replace(networks, unet=unet, vae=vae, text_encoders=encoders)  # type: ignore[arg-type]
 
 
 def held_bytes(network: nn.Module) -> int:

@@ -26,7 +26,7 @@ from fulgurite.models import AttentionGuidance, unet, vae
 from fulgurite.models.layers import GEGLU, DotProductAttention, GroupNormSiLU, Upsample
 
 BLOCK = 1024  # elements that a program of GEGLU makes
-WIDEST = 256  # head dimension of torch's fused attention: beyond it takes a kernel that uses no matrix unit of today's
+WIDEST = 256  # head dimension that torch's quick attention takes; beyond, it has a slow one
 SCORES = 1 << 27  # of attention with wide heads, in memory at once: 512 MB
 
 
@@ -228,7 +228,8 @@ class FusedSpatialTransformer(unet.SpatialTransformer):
         h, more = self.proj_in(self.norm(x).flatten(2).transpose(1, 2)), None
         for block in self.transformer_blocks:
             h, more = block(h, context, guidance, more)
-        return x + self.proj_out(h + more).transpose(1, 2).unflatten(2, (x.shape[2], -1))
+        h = h if more is None else h + more
+        return x + self.proj_out(h).transpose(1, 2).unflatten(2, (x.shape[2], -1))
 
 
 class FusedDotProductAttention(DotProductAttention):
@@ -241,7 +242,9 @@ class FusedUpsample(Upsample):
     four: Tensor
 
     def fold(self) -> None:
-        self.register_buffer("four", folded(self.conv.weight), persistent=False)
+        # In the order for good: graphs know where it is, and Module.to would put another in its place.
+        four = folded(self.conv.weight).contiguous(memory_format=torch.channels_last)
+        self.register_buffer("four", four, persistent=False)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         if size is not None and size != (2 * x.shape[2], 2 * x.shape[3]):

@@ -5,7 +5,7 @@ The tests run a simulation of graphs on a CPU; bench/gpu.py runs and measures th
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +18,12 @@ MOST = 32  # graphs of a network: of each number of rows and size, guided and no
 REHEARSALS = 3  # of a call before it is captured
 
 
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The one that graphs are captured on: for each that it knows cuBLAS keeps memory."""
+    return torch.cuda.Stream(device)
+
+
 class Graph(Generic[Output]):
     """A function of tensors as it was at one call: shapes, and whatever is no tensor, are part of it."""
 
@@ -25,7 +31,7 @@ class Graph(Generic[Output]):
         """``pool``: torch's handle of memory, which graphs share that never run at once."""
         self._graph, self._inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         # Libraries choose their kernels, and kernels are compiled, before the capture: in it they could not be.
-        side = torch.cuda.Stream()
+        side = side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(REHEARSALS):
@@ -47,13 +53,9 @@ class Graph(Generic[Output]):
 class Graphs(Generic[Output]):
     """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops all graphs, and with them their memory: torch gives none of it back while one of them lives."""
+    def __init__(self, pool: Any) -> None:
         self.kept: OrderedDict[tuple[object, ...], Graph[Output]] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
 
     def __call__(self, call: Callable[..., Output], *inputs: Tensor, of: object = None) -> Output:
         """The network's call. ``of``: what it depends on besides its inputs."""
@@ -68,12 +70,12 @@ class Graphs(Generic[Output]):
 
 
 class GraphedEncoder(nn.Module):
-    """A text encoder that reads prompts by graphs."""
+    """A text encoder that reads prompts by graphs. ``pool``, here and below: as of ``Graph``."""
 
-    def __init__(self, encoder: CLIPTextEncoder) -> None:
+    def __init__(self, encoder: CLIPTextEncoder, pool: Any) -> None:
         super().__init__()
         self.encoder = encoder
-        self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs()
+        self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs(pool)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's own ``forward``."""
@@ -83,10 +85,10 @@ class GraphedEncoder(nn.Module):
 class GraphedVAE(nn.Module):
     """A VAE that decodes by graphs: one for each size."""
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: VAE, pool: Any) -> None:
         super().__init__()
         self.vae, self.config = vae, vae.config
-        self.graphs: Graphs[Tensor] = Graphs()
+        self.graphs: Graphs[Tensor] = Graphs(pool)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The VAE's own ``decode``."""
@@ -99,10 +101,10 @@ class GraphedUNet(nn.Module):
     It runs the kernels that the network runs at such a call, so a row's bits stay what they are.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, pool: Any) -> None:
         super().__init__()
         self.unet, self.read = unet, unet.read
-        self.graphs: Graphs[Tensor] = Graphs()
+        self.graphs: Graphs[Tensor] = Graphs(pool)
 
     def forward(
         self,
