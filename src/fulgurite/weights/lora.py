@@ -86,5 +86,6 @@ def fits(weight: Tensor, down: Tensor, up: Tensor, alpha: Tensor | float | None)
 def changed(weight: Tensor, down: Tensor, up: Tensor, alpha: Tensor | float | None, device: str) -> Tensor:
     """``weight + alpha / rank * up @ down``, in float32; without an alpha it is the rank."""
     scale = 1.0 if alpha is None else float(alpha) / len(down)
-    down, up = down.to(device, torch.float32).flatten(1), up.to(device, torch.float32).flatten(1)
+    # First to the device, then in float32: together, torch would convert on the host and send twice as much.
+    down, up = (part.to(device).float().flatten(1) for part in (down, up))
     return weight.to(device, torch.float32) + scale * (up @ down).view(weight.shape)
