@@ -30,6 +30,7 @@ from fulgurite.cards import card
 from fulgurite.engine.loading import graphed
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
+from fulgurite.kernels.graphs import Pool
 from fulgurite.models import UNet, UNetConfig, VAEConfig
 from fulgurite.pipeline import smallest_batch
 from fulgurite.request import plan
@@ -150,7 +151,7 @@ class Bench:
         """Text by graphs, and what the first picture waits for once the weights are there and kernels compiled."""
         self.needs_cuda()
         started = time.perf_counter()
-        self.pipeline.networks = graphed(self.networks, torch.cuda.graph_pool_handle())
+        self.pipeline.networks = graphed(self.networks, Pool())
         try:
             self.pipeline.draw(replace(self.work.request, num_steps=4))
             self.report.row("first picture", seconds=time.perf_counter() - started)
@@ -173,7 +174,7 @@ class Bench:
 
         wanted = draw() if graphs else []
         if graphs:
-            self.pipeline.networks = graphed(self.networks, torch.cuda.graph_pool_handle())
+            self.pipeline.networks = graphed(self.networks, Pool())
         try:
             if graphs:
                 alike = [a.image.tobytes() == b.image.tobytes() for a, b in zip(draw(), wanted, strict=True)]

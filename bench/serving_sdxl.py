@@ -35,7 +35,7 @@ from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
 from fulgurite.engine.loading import graphed
-from fulgurite.kernels.graphs import GraphedUNet
+from fulgurite.kernels.graphs import GraphedUNet, Pool
 from fulgurite.models import CLIPTextConfig, UNet, UNetConfig, VAEConfig
 from fulgurite.models.layers import DotProductAttention, Upsample
 from fulgurite.models.unet import ResnetBlock
@@ -75,12 +75,12 @@ class RandomWeights:
             own = replace(networks, unet=random_weights(work, dtype, device, seed=steps).unet)
             self._pipelines[steps] = Recorded(work.card, own, device, dtype)
             self._pipelines[steps].latents = self.latents
-        pool, shared = torch.cuda.graph_pool_handle() if device == "cuda" else None, networks
+        shared = networks
         for pipeline in self._pipelines.values():
             pipeline.accelerate()  # what all share is exchanged once: there is nothing left to exchange the next time
             if device == "cuda":
                 of_all = {"vae": shared.vae, "text_encoders": shared.text_encoders}
-                shared = pipeline.networks = graphed(replace(pipeline.networks, **of_all), pool)
+                shared = pipeline.networks = graphed(replace(pipeline.networks, **of_all), Pool())
 
     def __call__(self, model: str, steps: int) -> Pipeline:
         return self._pipelines[card(model).steps_for(steps)]

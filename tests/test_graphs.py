@@ -16,7 +16,7 @@ from fulgurite import Request
 from fulgurite.engine import Loader
 from fulgurite.kernels import compiled, graphs
 from fulgurite.kernels.fused import fuse
-from fulgurite.kernels.graphs import Graph, GraphedEncoder, GraphedUNet, GraphedVAE
+from fulgurite.kernels.graphs import Graph, GraphedEncoder, GraphedUNet, GraphedVAE, Pool
 from fulgurite.models import AttentionGuidance, CLIPTextEncoder, UNet
 
 
@@ -46,8 +46,12 @@ class Stream:
     def wait_stream(self, other: "Stream") -> None: ...
 
 
+POOLS: list[object] = []  # of the captures
+
+
 @contextmanager
 def capture(graph: Simulated, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+    POOLS.append(pool)
     with graph:
         yield
 
@@ -57,12 +61,15 @@ def _simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_ins = {
         "CUDAGraph": Simulated, "Stream": Stream, "current_stream": Stream, "graph": capture,
         "current_device": lambda: 0,
-        "graph_pool_handle": lambda: (0, 1), "stream": lambda stream: torch.inference_mode(),
+        "graph_pool_handle": object, "stream": lambda stream: torch.inference_mode(),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    graphs.side_stream.cache_clear()
+    POOLS.clear()
     with torch.inference_mode():
         yield
+    graphs.side_stream.cache_clear()
 
 
 def test_a_graph_knows_what_its_inputs_hold_and_nothing_else() -> None:
@@ -79,7 +86,7 @@ def test_a_graph_knows_what_its_inputs_hold_and_nothing_else() -> None:
 def test_a_text_encoder_reads_other_prompts_by_its_graph() -> None:
     torch.manual_seed(0)
     encoder = CLIPTextEncoder(small.SECOND).requires_grad_(False).eval()
-    graphed = GraphedEncoder(encoder, None)
+    graphed = GraphedEncoder(encoder, Pool())
     end = small.SECOND.eos_token_id
     for prompts in ([[0, 5, end]], [[0, end, end]], [[0, 7, end], [0, end, end]]):
         ids = torch.tensor(prompts)
@@ -117,7 +124,7 @@ def guidance(unet: UNet, rows: int, seed: int, tau: float = 2.5) -> AttentionGui
 @pytest.mark.parametrize("guided", [False, True])
 def test_replays_have_the_networks_bits(unet: UNet, guided: bool) -> None:
     """Other numbers, timesteps, prompts, sizes and strengths than those that were captured."""
-    graphed = GraphedUNet(unet, None)
+    graphed = GraphedUNet(unet, Pool())
     for seed in range(3):
         for rows, side in ((1, 8), (2, 8), (1, 12)):
             given = inputs(unet, rows, side, seed)
@@ -126,8 +133,21 @@ def test_replays_have_the_networks_bits(unet: UNet, guided: bool) -> None:
     assert len(graphed.graphs.kept) == 3
 
 
+def test_a_capture_that_fails_leaves_the_others_other_memory(unet: UNet) -> None:
+    pool = Pool()
+    first, second = GraphedUNet(unet, pool), GraphedUNet(unet, pool)
+    first(*inputs(unet, 1, 8, 0))
+    second(*inputs(unet, 1, 8, 0))
+    with pytest.raises(RuntimeError):
+        first(*inputs(unet, 1, 8, 0)[:4], torch.ones(1, 5))
+    second(*inputs(unet, 2, 8, 0))
+    shared, again, other = POOLS
+    assert shared is again is not other
+    assert len(first.graphs.kept) == 1
+
+
 def test_tau_is_part_of_a_graph(unet: UNet) -> None:
-    graphed, given = GraphedUNet(unet, None), inputs(unet, 1, 8, 2)
+    graphed, given = GraphedUNet(unet, Pool()), inputs(unet, 1, 8, 2)
     for tau in (1.0, 2.5, 1.0):
         away = guidance(unet, 1, 2, tau)
         assert torch.equal(graphed(*given, away), unet(*given, away))
@@ -135,7 +155,7 @@ def test_tau_is_part_of_a_graph(unet: UNet) -> None:
 
 def test_the_oldest_graph_goes(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 2)
-    graphed = GraphedUNet(unet, None)
+    graphed = GraphedUNet(unet, Pool())
     for rows in (1, 2, 1, 3, 1):
         given = inputs(unet, rows, 8, rows)
         assert torch.equal(graphed(*given), unet(*given))
@@ -158,3 +178,7 @@ def test_pictures_by_graphs_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         alike = graphed.draw(request).image.tobytes() == plain.draw(request).image.tobytes()
         assert alike  # pytest would compare megabytes for minutes
+    assert len(set(map(id, POOLS))) == 1  # of all networks
+    known = len(POOLS)
+    assert graphed.agrees((32, 32), [1, 1])
+    assert len(POOLS) == known

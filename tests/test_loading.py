@@ -17,13 +17,14 @@ from fulgurite.cards import card
 from fulgurite.engine import Loader
 from fulgurite.engine.batches import Batches
 from fulgurite.engine.cache import PromptCache
-from fulgurite.engine.loading import held_bytes, published_bytes, usable_precision
+from fulgurite.engine.loading import check_gpu_settings, held_bytes, published_bytes, usable_precision
 from fulgurite.errors import FulguriteError
 from fulgurite.kernels import cpu, float8
 from fulgurite.kernels.fused import fuse
+from fulgurite.kernels.nvidia import why_not_triton
 from fulgurite.models import UNet
 from fulgurite.pipeline import usual_dtype
-from fulgurite.settings import read_settings
+from fulgurite.settings import Settings, read_settings
 from fulgurite.weights import Networks, load
 from fulgurite.weights.networks import Base
 
@@ -253,11 +254,35 @@ def test_a_precision_that_the_device_lacks_is_an_error_that_names_both(precision
 
 
 def test_a_gpu_is_asked_whether_it_multiplies_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert usable_precision("float8", "cuda:1") == (torch.bfloat16, True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(FulguriteError, match="float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and this one is"):
+    wanted = "float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and this one is "
+    with pytest.raises(FulguriteError, match=wanted + "older"):
         usable_precision("float8", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "cuda", None)  # AMD's
+    with pytest.raises(FulguriteError, match=wanted + "not"):
+        usable_precision("float8", "cuda")
+
+
+def test_why_a_device_does_not_draw_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is not here, whose kernels cannot be compiled then."""
+    assert why_not_triton("cpu") == "they need an NVIDIA GPU, and the device is 'cpu'"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    why_not_triton.cache_clear()
+    assert why_not_triton("cuda:7") == "they need a GPU of Ampere's generation or newer"
+    with pytest.raises(FulguriteError, match="triton_kernels: they need a GPU of Ampere's"):
+        check_gpu_settings(Settings(triton_kernels=True), "cuda:7")
+    with pytest.raises(FulguriteError, match="cuda_graphs: they need an NVIDIA GPU; the device is 'cpu'"):
+        check_gpu_settings(Settings(cuda_graphs=True), "cpu")
+    pytest.importorskip("triton", reason="it is only made for Linux")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    why_not_triton.cache_clear()
+    assert why_not_triton("cuda:7").startswith("one was tried and failed with ")
+    why_not_triton.cache_clear()
 
 
 @needs_weights

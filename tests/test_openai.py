@@ -24,7 +24,7 @@ from fulgurite.ledger import Ledger
 from fulgurite.parameters import LEAST_SIDE, MOST_SIDE
 from fulgurite.records import Limits
 from fulgurite.request import OnStep, Preview
-from fulgurite.server import create_app, listen, server_for, streaming
+from fulgurite.server import create_app, jobs, listen, server_for, streaming
 from fulgurite.server.openai_images import SIZE
 from fulgurite.settings import read_settings
 
@@ -140,12 +140,17 @@ def test_a_key_that_may_have_fewer_at_once_is_told_before_any_is_made(client: Te
     assert refused.json()["error"]["message"] == "n: this key may have 1 picture made at once."
 
 
-@pytest.mark.parametrize("late", [0, 1.5])
+@pytest.mark.parametrize(("late", "encoding"), [(0, 0), (1.5, 0), (0, 1.5)])
 def test_what_is_made_when_the_server_stops_is_delivered(
-    engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, late: float
+    engine: FakeEngine, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, late: float, encoding: float
 ) -> None:
-    """Also where the server hears so late that it is in the ledger that the time to stop within is over by then."""
-    settle = ledger.settle
+    """Also where the time to stop within is over before it is a file, or the server hears that the ledger has it."""
+    settle, encode, begun = ledger.settle, jobs.file_bytes, []
+
+    def encoded(*arguments: Any) -> bytes:
+        begun.append(arguments)
+        time.sleep(encoding)
+        return encode(*arguments)
 
     def settled_late(*arguments: Any) -> Future[Any]:
         settled, heard = settle(*arguments), Future[Any]()
@@ -153,6 +158,7 @@ def test_what_is_made_when_the_server_stops_is_delivered(
         return heard
 
     monkeypatch.setattr(ledger, "settle", settled_late)
+    monkeypatch.setattr(jobs, "file_bytes", encoded)
     engine.waits = {9: threading.Event()}
     server = server_for(create_app(engine, ledger, read_settings(shutdown_seconds=1)), 1)
     listener = listen("127.0.0.1", 0)
@@ -161,7 +167,7 @@ def test_what_is_made_when_the_server_stops_is_delivered(
     with ThreadPoolExecutor() as threads:
         serving = threads.submit(server.run, [listener])
         found = threads.submit(httpx.post, url, json=asked, headers=HEADERS, timeout=30)
-        wait_until(lambda: len(ledger.entries()) == 2)
+        wait_until(lambda: len(begun if encoding else ledger.entries()) == 2)
         server.should_exit = True
         serving.result()
     assert found.result().status_code == 200

@@ -1,11 +1,11 @@
 """Pipelines as the engine loads them: on this machine's device, as many UNets as its memory is to hold."""
 
+import logging
 import os
 import time
 from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +13,14 @@ from torch import nn
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
-from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet, GraphedVAE
+from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet, GraphedVAE, Pool
 from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
 from fulgurite.weights import Networks
 
+log = logging.getLogger("fulgurite")
 GRAPHED = GraphedUNet, GraphedVAE, GraphedEncoder
 FLOAT8 = 8, 9  # the compute capability from which GPUs multiply such numbers: Ada's
 
@@ -57,8 +58,10 @@ def usable_precision(name: str, device: str) -> tuple[torch.dtype, bool]:
     if name == "int8" and not (device == "cpu" and torch.cpu._is_vnni_supported()):
         found = "this one has none" if device == "cpu" else f"the device is {device!r}"
         raise SettingError("precision", f"int8 needs a CPU with AVX-512 VNNI, and {found}.")
-    if name == "float8" and not (device.startswith("cuda") and torch.cuda.get_device_capability(device) >= FLOAT8):
-        found = "this one is older" if device.startswith("cuda") else f"the device is {device!r}"
+    if name == "float8" and not (is_nvidia(device) and torch.cuda.get_device_capability(device) >= FLOAT8):
+        found = f"the device is {device!r}"
+        if device.startswith("cuda"):
+            found = "this one is older" if is_nvidia(device) else "this one is not"
         raise SettingError("precision", f"float8 needs a GPU of NVIDIA's, Ada, Hopper or newer, and {found}.")
     if name == "float16" and device == "cpu":
         raise SettingError("precision", "float16 needs a GPU; a CPU draws in bfloat16, float32 or int8.")
@@ -98,7 +101,7 @@ class Loader:
         self.device, self._triton_kernels = device, triton_kernels
         self._cuda_graphs = is_nvidia(device) if cuda_graphs is None else cuda_graphs
         # One for all: graphs never run at once, and what they give is copied at once.
-        self._graphs_pool = torch.cuda.graph_pool_handle() if self._cuda_graphs else None
+        self._graphs_pool = Pool() if self._cuda_graphs else None
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
@@ -117,6 +120,8 @@ class Loader:
             check_gpu_settings(settings, device)
             if device == "cpu":
                 cpu.keep_memory()
+            if is_nvidia(device) and settings.triton_kernels is None and (why := why_not_triton(device)):
+                log.warning("drawing without the kernels for NVIDIA's GPUs: %s", why)
             return cls(
                 device,
                 int(settings.unet_gb * 1e9) if settings.unet_gb else None,
@@ -153,7 +158,7 @@ class Loader:
                 triton=self._triton_kernels,
                 like=like,
             )
-            if self._cuda_graphs:
+            if self._graphs_pool:
                 pipeline.networks = graphed(pipeline.networks, self._graphs_pool)
             self._loaded[name] = pipeline
             self._make_room_for_base()
@@ -172,6 +177,8 @@ class Loader:
         """Gives up everything that another checkpoint needs, to make room."""
         for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
+        if self._graphs_pool:
+            self._graphs_pool.renew()
         for kept in self._loaded.values():
             for network in (kept.networks.unet, kept.networks.vae, *kept.networks.text_encoders):
                 if isinstance(network, GRAPHED):  # torch gives no graph's memory back while one lives
@@ -197,7 +204,7 @@ class Loader:
         return unets + sum(tensor.nbytes for tensor in tensors)
 
 
-def graphed(networks: Networks, pool: Any) -> Networks:
+def graphed(networks: Networks, pool: Pool) -> Networks:
     """The networks as graphs that share a pool of memory; those of another checkpoint are such already."""
     encoders = tuple(
         network if isinstance(network, GraphedEncoder) else GraphedEncoder(network, pool)

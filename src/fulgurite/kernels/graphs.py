@@ -3,6 +3,7 @@
 The tests run a simulation of graphs on a CPU; bench/gpu.py runs and measures them on a GPU.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -19,9 +20,20 @@ REHEARSALS = 3  # of a call before it is captured
 
 
 @cache
-def side_stream(device: int) -> torch.cuda.Stream:
-    """The one that graphs are captured on: for each that it knows cuBLAS keeps memory."""
+def side_stream(device: int, thread: int) -> torch.cuda.Stream:
+    """The one that a thread captures graphs on: for each that it knows cuBLAS keeps memory."""
     return torch.cuda.Stream(device)
+
+
+class Pool:
+    """Memory that graphs share which never run at once, in any order: what each gives is copied at once."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes other memory from now on, as where a capture failed, which may leave torch's account of it wrong."""
+        self.handle = torch.cuda.graph_pool_handle()
 
 
 class Graph(Generic[Output]):
@@ -31,7 +43,7 @@ class Graph(Generic[Output]):
         """``pool``: torch's handle of memory, which graphs share that never run at once."""
         self._graph, self._inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         # Libraries choose their kernels, and kernels are compiled, before the capture: in it they could not be.
-        side = side_stream(torch.cuda.current_device())
+        side = side_stream(torch.cuda.current_device(), threading.get_ident())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(REHEARSALS):
@@ -53,7 +65,7 @@ class Graph(Generic[Output]):
 class Graphs(Generic[Output]):
     """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Pool) -> None:
         self.kept: OrderedDict[tuple[object, ...], Graph[Output]] = OrderedDict()
         self._pool = pool
 
@@ -64,15 +76,19 @@ class Graphs(Generic[Output]):
             if key not in self.kept:
                 if len(self.kept) == MOST:
                     self.kept.popitem(last=False)
-                self.kept[key] = Graph(call, inputs, self._pool)
+                try:
+                    self.kept[key] = Graph(call, inputs, self._pool.handle)
+                except BaseException:
+                    self._pool.renew()
+                    raise
             self.kept.move_to_end(key)
             return self.kept[key](*inputs)
 
 
 class GraphedEncoder(nn.Module):
-    """A text encoder that reads prompts by graphs. ``pool``, here and below: as of ``Graph``."""
+    """A text encoder that reads prompts by graphs."""
 
-    def __init__(self, encoder: CLIPTextEncoder, pool: Any) -> None:
+    def __init__(self, encoder: CLIPTextEncoder, pool: Pool) -> None:
         super().__init__()
         self.encoder = encoder
         self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs(pool)
@@ -85,7 +101,7 @@ class GraphedEncoder(nn.Module):
 class GraphedVAE(nn.Module):
     """A VAE that decodes by graphs: one for each size."""
 
-    def __init__(self, vae: VAE, pool: Any) -> None:
+    def __init__(self, vae: VAE, pool: Pool) -> None:
         super().__init__()
         self.vae, self.config = vae, vae.config
         self.graphs: Graphs[Tensor] = Graphs(pool)
@@ -101,7 +117,7 @@ class GraphedUNet(nn.Module):
     It runs the kernels that the network runs at such a call, so a row's bits stay what they are.
     """
 
-    def __init__(self, unet: UNet, pool: Any) -> None:
+    def __init__(self, unet: UNet, pool: Pool) -> None:
         super().__init__()
         self.unet, self.read = unet, unet.read
         self.graphs: Graphs[Tensor] = Graphs(pool)

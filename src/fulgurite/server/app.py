@@ -1,9 +1,7 @@
 """The server: the hosted API, and what its operator and its customers need beside it."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -23,7 +21,6 @@ from fulgurite.server.protocol import Engine, Ledger
 from fulgurite.server.service import Service
 from fulgurite.settings import Settings
 
-SEND_SECONDS = 2.0  # that answers which are there when the server stops are given to be sent
 DESCRIPTION = """\
 Pictures from a prompt: `POST /api/v1` answers with one, `/api/v1/predictions` makes it while you do something else.
 `/v1/images/generations` is OpenAI's Images API.
@@ -36,14 +33,12 @@ made costs nothing. A key may have a credit: when it is spent, the answer is 402
 
 def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
     """The server over an engine and a ledger; closing those is left to who made them."""
-    service, answering = Service(engine, ledger, settings), set[asyncio.Task[Any]]()
+    service = Service(engine, ledger, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await service.jobs.finish(seconds_left(app, settings.shutdown_seconds))
-        if answering:  # what is paid for by now is being sent
-            await asyncio.wait(answering, timeout=SEND_SECONDS)
         await service.webhooks.close()
 
     # Its pages bring their scripts with them: /docs works where there is no network.
@@ -55,7 +50,7 @@ def create_app(engine: Engine, ledger: Ledger, settings: Settings) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.add_middleware(Envelope, metrics=service.metrics, answering=answering)
+    app.add_middleware(Envelope, metrics=service.metrics)
     add_problem_handlers(app)
     add_pictures(app, service)
     add_predictions(app, service)

@@ -22,19 +22,15 @@ class Envelope:
     """Gives every answer an ``X-Request-Id``, makes of a bug a 500 that can be found in the log, and of HEAD a GET.
 
     ``request.state`` holds it as ``request_id``; what a handler puts there as ``headers`` goes with every answer.
-    ``answering`` holds the tasks of the requests that are not answered yet.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, answering: "set[asyncio.Task[Any]]") -> None:
-        self.app, self.metrics, self.answering = app, metrics, answering
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id, status, began = uuid.uuid4().hex, 0, time.perf_counter()
-        if task := asyncio.current_task():
-            self.answering.add(task)
-            task.add_done_callback(self.answering.discard)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         head = scope["method"] == "HEAD"

@@ -153,7 +153,8 @@ class Jobs:
             await asyncio.wait(self._tasks, timeout=max(0.0, seconds))
         self._stopping = True
         for job in list(self._running.values()):
-            self.abandon(job)
+            if not (job.future and job.future.done()):  # else it is drawn, and about to be delivered
+                self.abandon(job)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
 
@@ -184,7 +185,7 @@ class Jobs:
                 raise
             if job.unwanted and order.idempotency_key is None:
                 await self._record(order, "cancelled", time.monotonic() - started)
-                raise client_gone()
+                raise shutting_down() if self._stopping else client_gone()
             return await self._settled(order, picture, content, time.monotonic() - started)
 
     async def _picture(self, job: Job) -> Picture:

@@ -15,6 +15,7 @@ from fulgurite.errors import FulguriteError
 
 HEAD_SECONDS = 20.0  # that a client has for a request's first lines
 SILENT_SECONDS = 60  # after which who reads nothing, or answers nothing to the system's probes, is taken for dead
+SEND_SECONDS = 2.0  # that the last answers are given to be sent when the server stops
 BACKLOG = 2048  # connections that the system keeps until they are taken
 
 
@@ -74,6 +75,9 @@ class Server(uvicorn.Server):
         app: Any = self.config.app
         app.state.stop_by = time.monotonic() + self.seconds_left()
         await super().shutdown(sockets)
+        sent_by = time.monotonic() + (0 if self.force_exit else SEND_SECONDS)
+        while self.server_state.connections and time.monotonic() < sent_by:  # they end when all of an answer has left
+            await asyncio.sleep(0.02)
         if self.force_exit:  # by a second Ctrl-C: uvicorn leaves out that the app ends what it does, answering for it
             app.state.stop_by = time.monotonic()
             await self.lifespan.shutdown()
