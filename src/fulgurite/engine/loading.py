@@ -99,9 +99,8 @@ class Loader:
     ) -> None:
         """``triton_kernels``, ``cuda_graphs``: None is wherever they can be."""
         self.device, self._triton_kernels = device, triton_kernels
-        self._cuda_graphs = is_nvidia(device) if cuda_graphs is None else cuda_graphs
-        # One for all: graphs never run at once, and what they give is copied at once.
-        self._graphs_pool = Pool() if self._cuda_graphs else None
+        by_graphs = is_nvidia(device) if cuda_graphs is None else cuda_graphs
+        self._graphs_pool = Pool() if by_graphs else None  # one for all networks, which never run at once
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
