@@ -120,17 +120,15 @@ def compile_all(dtype: torch.dtype, capability: int, norms: Sequence[tuple[int, 
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     for shape in norms:
-        x, norm = (
-            empty(*shape).to(memory_format=torch.channels_last),
-            nn.GroupNorm(32, shape[1], device="meta").to(dtype),
-        )
-        bias, vectors = norm.bias, empty(shape[0], 20000)[:, 320 : 320 + shape[1]]
-        cuda.group_norm(x, norm, silu=False)
-        cuda.group_norm(x, norm, silu=True)
-        cuda.group_norm(x, norm, silu=True, bias=bias)
-        cuda.group_norm(x, norm, silu=True, bias=bias, vectors=vectors)
-        cuda.total(x, x, bias)
-        cuda.total(x, x, bias, bias)
+        for form in (torch.contiguous_format, torch.channels_last):
+            x, norm = empty(*shape).to(memory_format=form), nn.GroupNorm(32, shape[1], dtype=dtype, device="meta")
+            bias, vectors = norm.bias, empty(shape[0], 20000)[:, 320 : 320 + shape[1]]
+            cuda.group_norm(x, norm, silu=False)
+            cuda.group_norm(x, norm, silu=True)
+            cuda.group_norm(x, norm, silu=True, bias=bias)
+            cuda.group_norm(x, norm, silu=True, bias=bias, vectors=vectors)
+            cuda.total(x, x, bias)
+            cuda.total(x, x, bias, bias)
         four = empty(shape[0], 4 * shape[1], shape[2] + 1, shape[3] + 1).to(memory_format=torch.channels_last)
         cuda.interleaved(four, bias)
     for shape in GEGLUS:

@@ -15,17 +15,17 @@ from ahead_of_time import BIN, kernels
 
 HERE = Path(__file__).parent
 CAPABILITIES = 90, 80, 89, 100  # Hopper, Ampere, Ada, Blackwell
-# Of each kernel: how many tiles a program loads through each of its pointers, by their places, and how many it stores.
+# Of each kernel: how many tiles a program loads through each of its pointers, by their places, and may store.
 TILES = {
-    "_sums_kernel": ({0: 1}, 0),
-    "_lines_kernel": ({}, 0),  # a few numbers of each group
-    "_norm_kernel": ({0: 1}, 1),
-    "_total_kernel": ({0: 1, 1: 1}, 1),
-    "_geglu_kernel": ({0: 2}, 1),
-    "_interleaved_kernel": ({0: 1}, 1),
-    "_layer_norm_kernel": ({0: 1}, 1),
-    "_softmax_kernel": ({1: 2}, 1),
-    "_rounded_kernel": ({0: 1}, 1),
+    "_sums_kernel": ({0: 1}, (0,)),
+    "_lines_kernel": ({}, (0,)),  # a few numbers of each group
+    "_norm_kernel": ({0: 1}, (1,)),
+    "_total_kernel": ({0: 1, 1: 1}, (1,)),
+    "_geglu_kernel": ({0: 2}, (1,)),
+    "_interleaved_kernel": ({0: 1}, (1,)),
+    "_layer_norm_kernel": ({0: 1}, (1, 2)),
+    "_softmax_kernel": ({1: 2}, (1,)),
+    "_rounded_kernel": ({0: 1}, (1,)),
 }
 
 pytestmark = pytest.mark.xdist_group("ahead of time")  # they share what takes long
@@ -64,4 +64,4 @@ def test_tiles_are_moved_16_bytes_at_a_time(compiled):
             wide = code["wide_loads"].get(str(pointer), 0)
             assert wide >= tiles * elements * code["itemsize"] / 16, code
         itemsize = 1 if code["kernel"] == "_rounded_kernel" else code["itemsize"]
-        assert code["wide_stores"] >= ceil(stored * elements * itemsize / 16), code
+        assert code["wide_stores"] in {ceil(tiles * elements * itemsize / 16) for tiles in stored}, code
