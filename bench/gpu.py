@@ -27,12 +27,11 @@ from torch import Tensor
 from fulgurite import Picture, Pipeline
 from fulgurite.benchmark import PICTURE, flop_counts, matrix_ceiling, peak_memory
 from fulgurite.cards import card
-from fulgurite.engine.loading import graphed
 from fulgurite.kernels import float8
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import Pool
 from fulgurite.models import UNet, UNetConfig, VAEConfig
-from fulgurite.pipeline import smallest_batch
+from fulgurite.pipeline import graphed, smallest_batch
 from fulgurite.request import plan
 from fulgurite.sampling import TRAIN_STEPS
 from fulgurite.weights.load import NoInitialization

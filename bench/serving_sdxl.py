@@ -34,12 +34,11 @@ from fulgurite import Picture, Pipeline, Request
 from fulgurite.cards import card
 from fulgurite.engine import Engine, Runner
 from fulgurite.engine.batches import LADDER, most_rows
-from fulgurite.engine.loading import graphed
 from fulgurite.kernels.graphs import GraphedUNet, Pool
 from fulgurite.models import CLIPTextConfig, UNet, UNetConfig, VAEConfig
 from fulgurite.models.layers import DotProductAttention, Upsample
 from fulgurite.models.unet import ResnetBlock
-from fulgurite.pipeline import Row, smallest_batch, usual_dtype
+from fulgurite.pipeline import Row, graphed, smallest_batch, usual_dtype
 from fulgurite.request import plan
 from fulgurite.weights.lora import merged
 from peers.works import Work, random_weights, sdxl

@@ -14,8 +14,9 @@ from fulgurite.cards import Card, card, pull_command
 from fulgurite.errors import NotFiniteError, NotPulledError, WeightsError
 from fulgurite.kernels import cpu, float8, int8
 from fulgurite.kernels.fused import fuse
-from fulgurite.kernels.graphs import GraphedUNet
+from fulgurite.kernels.graphs import GRAPHED, GraphedEncoder, GraphedUNet, GraphedVAE, Memory
 from fulgurite.kernels.nvidia import why_not_triton
+from fulgurite.kernels.recordings import WORKSPACE
 from fulgurite.models import AttentionGuidance
 from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
 from fulgurite.sampling import (
@@ -79,13 +80,15 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         eight_bits: bool = False,
         triton: bool | None = None,
+        graphs: Memory | None = None,
         like: Networks | None = None,
     ) -> "Pipeline":
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``: it has that alone.
 
         Without a ``dtype`` it is the device's usual one. With ``eight_bits`` large layers are, which is less exact: on
         a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. ``triton``: on
-        a GPU, whether by the Triton kernels; None is wherever they can run. The text encoders and the VAE of ``like``,
+        a GPU, whether by the Triton kernels; None is wherever they can run. ``graphs``: the memory of networks' graphs;
+        without it a CPU has its own, and a GPU draws without. The text encoders and the VAE of ``like``,
         another checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
         """
         of_model, dtype = card(model), dtype or usual_dtype(device, eight_bits)
@@ -94,11 +97,14 @@ class Pipeline:
         if of_model.schedules:
             of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)
-        pipeline.accelerate(eight_bits, triton)
+        pipeline.accelerate(eight_bits, triton, graphs)
         return pipeline
 
-    def accelerate(self, eight_bits: bool = False, triton: bool | None = None) -> None:
-        """Puts the device's faster layers in place of the plain ones: the networks can only draw from now on."""
+    def accelerate(self, eight_bits: bool = False, triton: bool | None = None, graphs: Memory | None = None) -> None:
+        """Puts the device's faster layers in place of the plain ones, and graphs: from now on networks can only draw.
+
+        The arguments are those of ``load``. What another checkpoint shares with this one is so already.
+        """
         networks = self.networks
         fuse(networks.unet)
         if self.device.type != "cpu":
@@ -110,12 +116,17 @@ class Pipeline:
                 cuda.accelerate(networks.unet)
                 cuda.accelerate(networks.vae)
         elif self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and cpu.has_bfloat16()):
+            new_vae = not isinstance(networks.vae, GRAPHED)
             if eight_bits:
                 int8.accelerate(networks.unet)
+            if eight_bits and new_vae:
                 int8.accelerate(networks.vae.decoder)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)
+            graphs = graphs or WORKSPACE
+        if graphs:
+            self.networks = graphed(networks, graphs)
 
     def __call__(self, prompt: str, *, on_step: OnStep | None = None, **parameters: Any) -> Picture:
         """Draws one picture; ``parameters`` are those of Request."""
@@ -291,6 +302,17 @@ class Pipeline:
 
         cut = zip(*(values.split(list(parts)) for values in inputs), strict=True)
         return torch.equal(evaluate(*inputs), torch.cat([evaluate(*part) for part in cut]))
+
+
+def graphed(networks: Networks, memory: Memory) -> Networks:
+    """The networks as graphs that share this memory; those that are such already stay as they are."""
+    encoders = tuple(
+        network if isinstance(network, GraphedEncoder) else GraphedEncoder(network, memory)
+        for network in networks.text_encoders
+    )
+    vae, unet = networks.vae, GraphedUNet(networks.unet, memory)
+    vae = vae if isinstance(vae, GraphedVAE) else GraphedVAE(vae, memory)  # type: ignore[assignment]
+    return replace(networks, unet=unet, vae=vae, text_encoders=encoders)  # type: ignore[arg-type]
 
 
 def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:

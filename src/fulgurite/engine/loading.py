@@ -13,15 +13,14 @@ from torch import nn
 from fulgurite.cards import Card, card
 from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
-from fulgurite.kernels.graphs import GraphedEncoder, GraphedUNet, GraphedVAE, Pool
+from fulgurite.kernels.graphs import GRAPHED, Memory, Pool
 from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
+from fulgurite.kernels.recordings import WORKSPACE
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
-from fulgurite.weights import Networks
 
 log = logging.getLogger("fulgurite")
-GRAPHED = GraphedUNet, GraphedVAE, GraphedEncoder
 FLOAT8 = 8, 9  # the compute capability from which GPUs multiply such numbers: Ada's
 
 
@@ -99,8 +98,9 @@ class Loader:
     ) -> None:
         """``triton_kernels``, ``cuda_graphs``: None is wherever they can be."""
         self.device, self._triton_kernels = device, triton_kernels
-        by_graphs = is_nvidia(device) if cuda_graphs is None else cuda_graphs
-        self._graphs_pool = Pool() if by_graphs else None  # one for all networks, which never run at once
+        by_cuda = is_nvidia(device) if cuda_graphs is None else cuda_graphs
+        # One for all networks, which never run at once.
+        self._graphs: Memory | None = Pool() if by_cuda else WORKSPACE if device == "cpu" else None
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes
@@ -155,10 +155,9 @@ class Loader:
                 dtype=self.dtype,
                 eight_bits=self._eight_bits,
                 triton=self._triton_kernels,
+                graphs=self._graphs,
                 like=like,
             )
-            if self._graphs_pool:
-                pipeline.networks = graphed(pipeline.networks, self._graphs_pool)
             self._loaded[name] = pipeline
             self._make_room_for_base()
             if self.device == "cpu":
@@ -176,8 +175,8 @@ class Loader:
         """Gives up everything that another checkpoint needs, to make room."""
         for name in [name for name in self._loaded if name != (model, steps)]:
             del self._loaded[name]
-        if self._graphs_pool:
-            self._graphs_pool.renew()
+        if self._graphs:
+            self._graphs.renew()
         for kept in self._loaded.values():
             for network in (kept.networks.unet, kept.networks.vae, *kept.networks.text_encoders):
                 if isinstance(network, GRAPHED):  # torch gives no graph's memory back while one lives
@@ -201,17 +200,6 @@ class Loader:
         tensors = [tensor for base in bases.values() for tensor in base.values() if tensor.device.type != "cpu"]
         unets = sum(held_bytes(kept.networks.unet) for kept in self._loaded.values())
         return unets + sum(tensor.nbytes for tensor in tensors)
-
-
-def graphed(networks: Networks, pool: Pool) -> Networks:
-    """The networks as graphs that share a pool of memory; those of another checkpoint are such already."""
-    encoders = tuple(
-        network if isinstance(network, GraphedEncoder) else GraphedEncoder(network, pool)
-        for network in networks.text_encoders
-    )
-    vae, unet = networks.vae, GraphedUNet(networks.unet, pool)
-    vae = vae if isinstance(vae, GraphedVAE) else GraphedVAE(vae, pool)  # type: ignore[assignment]
-    return replace(networks, unet=unet, vae=vae, text_encoders=encoders)  # type: ignore[arg-type]
 
 
 def held_bytes(network: nn.Module) -> int:

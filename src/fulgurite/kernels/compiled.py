@@ -2,7 +2,11 @@
 
 import ctypes
 import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,8 @@ SIDE, BLOCK = 16, 32  # a tile's outputs; the positions and outputs, or keys, th
 SQUARES, SPREAD = 12, 16  # for winograd.c: squares at a time, at most; numbers between its matrices, as there
 MOST_WIDE = 512  # numbers of a head in attention, as in attention.c
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+Writer = Callable[[Any, Sequence[Any]], None]
+WRITER: ContextVar[Writer | None] = ContextVar("writer", default=None)
 
 
 NORMS: dict[str, list] = {
@@ -85,7 +91,20 @@ def call(name: str, dtype: torch.dtype, *arguments: float | None) -> None:
     """Calls a function for such numbers, with as many threads as torch has."""
     compiled = where(name, dtype)
     assert compiled
-    getattr(compiled, name)(*arguments, torch.get_num_threads())
+    function, arguments = getattr(compiled, name), (*arguments, torch.get_num_threads())
+    function(*arguments)
+    if write := WRITER.get():
+        write(function, arguments)
+
+
+@contextmanager
+def written_down_by(write: Writer) -> Iterator[None]:
+    """Has this thread's calls told of, each after it: the function and all its arguments."""
+    before = WRITER.set(write)
+    try:
+        yield
+    finally:
+        WRITER.reset(before)
 
 
 def keep_apart() -> bool:

@@ -1,13 +1,14 @@
-"""A network's evaluations as CUDA graphs: all of a step's kernels launched at once, none waits for Python.
+"""A network's evaluations as graphs: all of a step's kernels launched at once, none waits for Python.
 
-The tests run a simulation of graphs on a CPU; bench/gpu.py runs and measures them on a GPU.
+On a CPU they are recordings (fulgurite.kernels.recordings), on a GPU CUDA graphs: the tests run a simulation of these
+on a CPU; bench/gpu.py runs and measures them on a GPU.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,18 @@ def side_stream(device: int, thread: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Pool:
-    """Memory that graphs share which never run at once, in any order: what each gives is copied at once."""
+class Memory(Protocol):
+    """What graphs share which never run at once, in any order: what each gives is copied at once."""
 
-    def __init__(self) -> None:
-        self.renew()
+    lock: threading.Lock
+
+    def capture(self, call: Callable[..., Output], inputs: Sequence[Tensor]) -> tuple[Callable[..., Output], Output]:
+        """A call's graph, and what it gives for these inputs."""
+        ...
 
     def renew(self) -> None:
-        """Takes other memory from now on, as where a capture failed, which may leave torch's account of it wrong."""
-        self.handle = torch.cuda.graph_pool_handle()
+        """Takes other memory from now on."""
+        ...
 
 
 class Graph(Generic[Output]):
@@ -62,36 +66,53 @@ class Graph(Generic[Output]):
         return output.clone() if isinstance(output, Tensor) else (output[0].clone(), output[1].clone())
 
 
+class Pool:
+    """The memory of CUDA graphs."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.renew()
+
+    def renew(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+    def capture(self, call: Callable[..., Output], inputs: Sequence[Tensor]) -> tuple[Callable[..., Output], Output]:
+        try:
+            graph = Graph(call, inputs, self.handle)
+        except BaseException:
+            self.renew()  # it may leave torch's account of this memory wrong
+            raise
+        return graph, graph(*inputs)
+
+
 class Graphs(Generic[Output]):
     """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
 
-    def __init__(self, pool: Pool) -> None:
-        self.kept: OrderedDict[tuple[object, ...], Graph[Output]] = OrderedDict()
-        self._pool = pool
+    def __init__(self, memory: Memory) -> None:
+        self.kept: OrderedDict[tuple[object, ...], Callable[..., Output]] = OrderedDict()
+        self._memory = memory
 
     def __call__(self, call: Callable[..., Output], *inputs: Tensor, of: object = None) -> Output:
         """The network's call. ``of``: what it depends on besides its inputs."""
-        key = of, *(tensor.shape for tensor in inputs)
-        with torch.cuda.device_of(inputs[0]):  # streams are the current device's, whichever the tensors are on
-            if key not in self.kept:
-                if len(self.kept) == MOST:
-                    self.kept.popitem(last=False)
-                try:
-                    self.kept[key] = Graph(call, inputs, self._pool.handle)
-                except BaseException:
-                    self._pool.renew()
-                    raise
-            self.kept.move_to_end(key)
-            return self.kept[key](*inputs)
+        key = *(tensor.shape for tensor in inputs), of, torch.get_num_threads()
+        # Streams are the current device's, whichever the tensors are on.
+        with self._memory.lock, torch.cuda.device_of(inputs[0]):
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return self.kept[key](*inputs)
+            if len(self.kept) == MOST:
+                self.kept.popitem(last=False)
+            self.kept[key], found = self._memory.capture(call, inputs)
+            return found
 
 
 class GraphedEncoder(nn.Module):
     """A text encoder that reads prompts by graphs."""
 
-    def __init__(self, encoder: CLIPTextEncoder, pool: Pool) -> None:
+    def __init__(self, encoder: CLIPTextEncoder, memory: Memory) -> None:
         super().__init__()
         self.encoder = encoder
-        self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs(pool)
+        self.graphs: Graphs[tuple[Tensor, Tensor]] = Graphs(memory)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's own ``forward``."""
@@ -101,10 +122,10 @@ class GraphedEncoder(nn.Module):
 class GraphedVAE(nn.Module):
     """A VAE that decodes by graphs: one for each size."""
 
-    def __init__(self, vae: VAE, pool: Pool) -> None:
+    def __init__(self, vae: VAE, memory: Memory) -> None:
         super().__init__()
         self.vae, self.config = vae, vae.config
-        self.graphs: Graphs[Tensor] = Graphs(pool)
+        self.graphs: Graphs[Tensor] = Graphs(memory)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The VAE's own ``decode``."""
@@ -117,10 +138,10 @@ class GraphedUNet(nn.Module):
     It runs the kernels that the network runs at such a call, so a row's bits stay what they are.
     """
 
-    def __init__(self, unet: UNet, pool: Pool) -> None:
+    def __init__(self, unet: UNet, memory: Memory) -> None:
         super().__init__()
         self.unet, self.read = unet, unet.read
-        self.graphs: Graphs[Tensor] = Graphs(pool)
+        self.graphs: Graphs[Tensor] = Graphs(memory)
 
     def forward(
         self,
@@ -141,3 +162,6 @@ class GraphedUNet(nn.Module):
     def _guided(self, tau: float, *inputs: Tensor) -> Tensor:
         *told, avoided, strength = inputs
         return self.unet(*told, AttentionGuidance(avoided, strength, tau))
+
+
+GRAPHED = GraphedUNet, GraphedVAE, GraphedEncoder
