@@ -241,7 +241,7 @@ def test_where_the_system_does_not_tell_its_memory_a_setting_must(monkeypatch: p
 def test_networks_are_in_the_precision_that_is_asked_for(precision: str) -> None:
     loader = Loader("cpu", precision=precision)
     assert loader.precision == precision
-    bias = loader(SPARK_LIGHTNING, 4).networks.unet.conv_in.bias  # weights are packed
+    bias = loader(SPARK_LIGHTNING, 4).networks.unet.unet.conv_in.bias  # weights are packed
     assert bias.dtype == (usual_dtype("cpu") if precision == "int8" else getattr(torch, precision))
 
 

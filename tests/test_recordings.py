@@ -1,6 +1,8 @@
 """Evaluations on a CPU, written down and replayed: the same bits as without, for whatever is asked next."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_graphs import guidance, inputs
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fulgurite import Pipeline, Request
-from fulgurite.kernels import compiled, cpu
+from fulgurite.kernels import compiled, cpu, recordings
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import GraphedUNet, GraphedVAE, Graphs
-from fulgurite.kernels.recordings import ALIGNED, Memory, Recording, Workspace, plan
+from fulgurite.kernels.recordings import ALIGNED, Recording, Span, Workspace, plan
 from fulgurite.models import VAE, UNet
 
 needs_kernels = pytest.mark.skipif(not compiled.floats(), reason="the kernels in C are not compiled for this processor")
 FEW = settings(max_examples=40, deadline=None)
-spans = st.tuples(st.integers(1, 900), st.integers(0, 9))  # bytes, operations that it is needed for
+NOWHERE = StorageWeakRef(torch.empty(0).untyped_storage())
+sizes_and_uses = st.tuples(st.integers(1, 900), st.integers(0, 9))  # bytes, operations that it is needed for
 
 
 @pytest.fixture(autouse=True)
@@ -33,30 +37,30 @@ def _drawing():
         yield
 
 
-def of(recordings: Graphs) -> set[type]:
-    return {type(kept) for kept in recordings.kept.values()}
+def of(graphs: Graphs) -> set[type]:
+    return {type(graph) for graph in graphs.kept.values()}
 
 
 @FEW
-@given(st.lists(spans, max_size=40), st.integers(1, 5))
-def test_what_is_needed_at_the_same_time_does_not_overlap(spans, at_once):
-    memories = [
-        Memory(0, size, i // at_once, math.inf if longer == 9 else i // at_once + longer)
-        for i, (size, longer) in enumerate(spans)
+@given(st.lists(sizes_and_uses, max_size=40), st.integers(1, 5))
+def test_what_is_needed_at_the_same_time_does_not_overlap(asked, at_once):
+    spans = [
+        Span(NOWHERE, 0, size, i // at_once, math.inf if longer == 9 else i // at_once + longer)
+        for i, (size, longer) in enumerate(asked)
     ]
-    total = plan(memories)
-    for i, one in enumerate(memories):
+    total = plan(spans)
+    for i, one in enumerate(spans):
         assert one.place % ALIGNED == 0
         assert one.place + one.size <= total
-        for other in memories[:i]:
+        for other in spans[:i]:
             apart = one.place + one.size <= other.place or other.place + other.size <= one.place
             assert apart or other.last < one.first
     assert total % ALIGNED == 0
 
 
 def test_memory_is_used_again():
-    memories = [Memory(0, 1000, i, i + 1) for i in range(50)]  # each is read by who writes the next
-    assert plan(memories) <= 2 * 1024 + 1024
+    spans = [Span(NOWHERE, 0, 1000, i, i + 1) for i in range(50)]  # each is read by who writes the next
+    assert plan(spans) <= 2 * 1024 + 1024
 
 
 def copied_into_part(x: Tensor) -> Tensor:
@@ -96,14 +100,14 @@ def test_a_function_replayed_is_that_function(names, seed):
         return x, first + x
 
     numbers = torch.Generator().manual_seed(seed)
-    recordings: Graphs[tuple[Tensor, Tensor]] = Graphs(Workspace())
+    kept: Graphs[tuple[Tensor, Tensor]] = Graphs(Workspace())
     for _ in range(3):
         x = torch.randn(5, 6, generator=numbers)
         given = x.clone()
-        for found, wanted in zip(recordings(call, x), call(x), strict=True):
+        for found, wanted in zip(kept(call, x), call(x), strict=True):
             assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
         assert torch.equal(x, given)
-    assert of(recordings) == {Recording}
+    assert of(kept) == {Recording}
 
 
 @pytest.mark.parametrize(
@@ -113,22 +117,23 @@ def test_a_function_replayed_is_that_function(names, seed):
         lambda x: x * float(x.max()),
         lambda x: x[x > 0].sum(),
         lambda x: torch.zeros(3).add_(x),
+        lambda x: (x.exp() + 1) * torch.tensor([1.0, 2, 3]),
         lambda x: x + torch.zeros(3)[1:].fill_(1).sum(),
     ],
 )
 def test_what_depends_on_numbers_in_another_way_is_not_replayed(call):
-    recordings: Graphs[Tensor] = Graphs(Workspace())
+    kept: Graphs[Tensor] = Graphs(Workspace())
     for x in (torch.tensor([1.0, 2, 3]), torch.tensor([-1.0, -2, 1]), torch.tensor([5.0, 5, 5])):
         for _ in range(2):
-            assert torch.equal(recordings(call, x), call(x))
-    assert Recording not in of(recordings)
+            assert torch.equal(kept(call, x), call(x))
+    assert Recording not in of(kept)
 
 
 def test_random_numbers_are_drawn_anew():
-    recordings: Graphs[Tensor] = Graphs(Workspace())
+    kept: Graphs[Tensor] = Graphs(Workspace())
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
-        found = recordings(lambda x: x + torch.rand(3), torch.ones(3))
+        found = kept(lambda x: x + torch.rand(3), torch.ones(3))
         torch.manual_seed(seed)
         assert torch.equal(found, torch.ones(3) + torch.rand(3))
 
@@ -139,11 +144,11 @@ def test_a_constant_that_a_kernel_in_c_may_change_is_not_replayed():
         bias = torch.ones(32) * 2  # gone when this ends
         return compiled.layer_norm(x, torch.ones(32) / 2, bias, 1e-5)
 
-    recordings: Graphs[Tensor] = Graphs(Workspace())
+    kept: Graphs[Tensor] = Graphs(Workspace())
     for seed in range(3):
         x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(recordings(call, x), call(x))
-    assert Recording not in of(recordings)
+        assert torch.equal(kept(call, x), call(x))
+    assert Recording not in of(kept)
 
 
 def test_what_mostly_would_be_copied_is_not_replayed():
@@ -155,11 +160,61 @@ def test_what_mostly_would_be_copied_is_not_replayed():
     small_ones: Graphs[Tensor] = Graphs(Workspace())
     large_ones: Graphs[Tensor] = Graphs(Workspace())
     for _ in range(2):
-        for recordings, side in ((small_ones, 32), (large_ones, 512)):
+        for kept, side in ((small_ones, 32), (large_ones, 512)):
             x = torch.randn(1, 1, side, side)
-            assert torch.equal(recordings(call, x), call(x))
+            assert torch.equal(kept(call, x), call(x))
     assert of(small_ones) == {Recording}
     assert Recording not in of(large_ones)
+
+
+@pytest.mark.parametrize("wrong", ["in the same memory", "in too little"])
+def test_a_recording_that_would_draw_something_else_is_not_kept(monkeypatch, caplog, wrong):
+    """As where torch does on another machine what it does not do here."""
+
+    def badly(spans: list[Span]) -> int:
+        return 64 if wrong == "in too little" else plan(spans[:1])
+
+    monkeypatch.setattr(recordings, "plan", badly)
+    kept: Graphs[Tensor] = Graphs(Workspace())
+    for seed in range(3):
+        x = torch.randn(50, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(kept(lambda x: x.exp() * x.cos() + x, x), x.exp() * x.cos() + x)
+    assert of(kept) == {type(None)}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_what_needs_much_memory_is_not_replayed(monkeypatch):
+    monkeypatch.setattr(recordings, "MOST_BYTES", 4096)
+    kept: Graphs[Tensor] = Graphs(Workspace())
+    for size in (10, 10_000):
+        kept(lambda x: x.exp() * 2, torch.ones(size))
+    assert [type(graph) for graph in kept.kept.values()] == [Recording, type(None)]
+
+
+def test_numbers_of_another_kind_are_another_evaluation():
+    kept: Graphs[Tensor] = Graphs(Workspace())
+    for x in (torch.tensor([1, 2]), torch.tensor([2.5, 1.5]), torch.tensor([3, 4])):
+        assert torch.equal(kept(lambda x: x * 2, x), x * 2)
+    assert len(kept.kept) == 2
+
+
+def test_a_network_that_is_dropped_is_gone_at_once():
+    """Whether it is replayed or not, as where memory has to be made for another."""
+    for most_bytes in (recordings.MOST_BYTES, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recordings, "MOST_BYTES", most_bytes)
+            network = UNet(small.UNET).requires_grad_(False).eval()
+            graphed = GraphedUNet(network, Workspace())
+            given = inputs(network, 1, 8, 0)
+            for away in (None, guidance(network, 1, 0)) * 2:
+                graphed(*given, away)
+        gone = weakref.ref(network)
+        gc.disable()
+        try:
+            del network, graphed
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 def test_outputs_are_the_callers_own_and_the_memory_is_everybodys():

@@ -16,7 +16,7 @@ from fulgurite.kernels import cpu, float8, int8
 from fulgurite.kernels.fused import fuse
 from fulgurite.kernels.graphs import GRAPHED, GraphedEncoder, GraphedUNet, GraphedVAE, Memory
 from fulgurite.kernels.nvidia import why_not_triton
-from fulgurite.kernels.recordings import WORKSPACE
+from fulgurite.kernels.recordings import Workspace
 from fulgurite.models import AttentionGuidance
 from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
 from fulgurite.sampling import (
@@ -124,7 +124,7 @@ class Pipeline:
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)
-            graphs = graphs or WORKSPACE
+            graphs = graphs or Workspace()
         if graphs:
             self.networks = graphed(networks, graphs)
 

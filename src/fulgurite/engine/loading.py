@@ -15,7 +15,7 @@ from fulgurite.errors import FulguriteError, SettingError
 from fulgurite.kernels import cpu
 from fulgurite.kernels.graphs import GRAPHED, Memory, Pool
 from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
-from fulgurite.kernels.recordings import WORKSPACE
+from fulgurite.kernels.recordings import Workspace
 from fulgurite.models import UNet, UNetConfig
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
@@ -100,7 +100,7 @@ class Loader:
         self.device, self._triton_kernels = device, triton_kernels
         by_cuda = is_nvidia(device) if cuda_graphs is None else cuda_graphs
         # One for all networks, which never run at once.
-        self._graphs: Memory | None = Pool() if by_cuda else WORKSPACE if device == "cpu" else None
+        self._graphs: Memory | None = Pool() if by_cuda else Workspace() if device == "cpu" else None
         self.dtype, self._eight_bits = usable_precision(precision, device)
         self._asked = precision
         self._most_bytes = half_the_memory(device) if most_bytes is None else most_bytes

@@ -7,6 +7,7 @@ on a CPU; bench/gpu.py runs and measures them on a GPU.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,10 +30,13 @@ def side_stream(device: int, thread: int) -> torch.cuda.Stream:
 class Memory(Protocol):
     """What graphs share which never run at once, in any order: what each gives is copied at once."""
 
-    lock: threading.Lock
+    @property
+    def lock(self) -> AbstractContextManager: ...
 
-    def capture(self, call: Callable[..., Output], inputs: Sequence[Tensor]) -> tuple[Callable[..., Output], Output]:
-        """A call's graph, and what it gives for these inputs."""
+    def capture(
+        self, call: Callable[..., Output], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[..., Output] | None, Output]:
+        """A call's graph, where there can be one, and what it gives for these inputs."""
         ...
 
     def renew(self) -> None:
@@ -89,21 +93,23 @@ class Graphs(Generic[Output]):
     """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
 
     def __init__(self, memory: Memory) -> None:
-        self.kept: OrderedDict[tuple[object, ...], Callable[..., Output]] = OrderedDict()
+        self.kept: OrderedDict[tuple[object, ...], Callable[..., Output] | None] = OrderedDict()  # None: no graph
         self._memory = memory
 
     def __call__(self, call: Callable[..., Output], *inputs: Tensor, of: object = None) -> Output:
         """The network's call. ``of``: what it depends on besides its inputs."""
-        key = *(tensor.shape for tensor in inputs), of, torch.get_num_threads()
+        key = *((tensor.shape, tensor.dtype) for tensor in inputs), of, torch.get_num_threads()
         # Streams are the current device's, whichever the tensors are on.
         with self._memory.lock, torch.cuda.device_of(inputs[0]):
-            if key in self.kept:
-                self.kept.move_to_end(key)
-                return self.kept[key](*inputs)
-            if len(self.kept) == MOST:
-                self.kept.popitem(last=False)
-            self.kept[key], found = self._memory.capture(call, inputs)
-            return found
+            if key not in self.kept:
+                if len(self.kept) == MOST:
+                    self.kept.popitem(last=False)
+                self.kept[key], found = self._memory.capture(call, inputs)
+                return found
+            self.kept.move_to_end(key)
+            if graph := self.kept[key]:
+                return graph(*inputs)
+        return call(*inputs)
 
 
 class GraphedEncoder(nn.Module):

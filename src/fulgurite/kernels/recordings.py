@@ -1,9 +1,12 @@
 """A network's evaluations on a CPU, written down once and replayed: what CUDA graphs are to a GPU.
 
 A replay is the same calls of the same functions without the Python between them, and in memory that was planned: what
-a layer gives is written to where something is no longer needed, which most often is in the cache still.
+a layer gives is written to where something is no longer needed, which most often is in the cache still. What Python
+does with numbers is no part of it: an evaluation that reads any is not replayed. Only of ``tolist`` and ``numpy`` torch
+tells nobody, so no network may use them.
 """
 
+import logging
 import math
 import threading
 from bisect import bisect_left, bisect_right, insort
@@ -17,25 +20,30 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fulgurite.kernels import compiled, cpu
 
+log = logging.getLogger("fulgurite")
 Output = TypeVar("Output", Tensor, tuple[Tensor, Tensor])
 Operation = tuple[Callable[..., object], Sequence[Any], dict[str, Any]]  # what is called, and with what
 COMPOSITE = DispatchKey.CompositeImplicitAutograd
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+COPIES = torch.ops.aten.clone.default, torch.ops.aten._to_copy.default
 ALIGNED = 64  # bytes, as torch's own memory is
 # Bytes that a replay may copy: what a function gives that cannot be told where to put it. With more, and more than this
 # share of what an evaluation writes, nothing is gained: it is large layers of oneDNN's.
 FEW_COPIED, SHARE_COPIED = 1 << 20, 1 / 16
+MOST_BYTES = 1 << 29  # of a recording: what needs more hardly feels Python, and is in no cache
 
 
 @dataclass(eq=False)
-class Memory:
+class Span:
     """A tensor's memory while an evaluation is written down, and the operations from which to which it is needed."""
 
+    storage: StorageWeakRef
     start: int  # the address that it had then
     size: int  # bytes
     first: int
@@ -46,25 +54,25 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pointer:
-    memory: Memory
+    span: Span
     offset: int  # bytes
 
     def within(self, workspace: Tensor) -> int:
-        return workspace.data_ptr() + self.memory.place + self.offset
+        return workspace.data_ptr() + self.span.place + self.offset
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a memory."""
+    """A tensor in a span."""
 
-    memory: Memory
+    span: Span
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int  # numbers
 
     def within(self, workspace: Tensor) -> Tensor:
-        offset = self.memory.place // self.dtype.itemsize + self.offset
+        offset = self.span.place // self.dtype.itemsize + self.offset
         return workspace.view(self.dtype).as_strided(self.shape, self.stride, offset)
 
 
@@ -74,10 +82,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.memories: list[Memory] = []
+        self.spans: list[Span] = []
         self.why_not = ""  # it cannot be replayed: nothing is written down any more
-        self._copied = 0
-        self._at: dict[int, Memory] = {}  # what is where now, by its start
+        self._copied = 0  # bytes
+        self._at: dict[int, Span] = {}  # what is where now, by its start
         self._starts: list[int] = []  # its keys in order
 
     @classmethod
@@ -93,15 +101,15 @@ class Recorder(TorchDispatchMode):
         """A tensor that is needed afterwards."""
         view = self.view(tensor)
         if isinstance(view, View):
-            view.memory.last = math.inf
+            view.span.last = math.inf
         return view
 
     def view(self, value: Any) -> Any:
         """A tensor as a place in memory that can be planned; anything else, weights and constants, as it is."""
         if is_strided(value):
-            memory = self._memory(start_of(value))
-            if memory and not memory.constant:
-                return View(memory, value.dtype, value.shape, value.stride(), value.storage_offset())
+            span = self._span(start_of(value))
+            if span and not span.constant:
+                return View(span, value.dtype, value.shape, value.stride(), value.storage_offset())
         return value
 
     def call(self, function: Any, arguments: Sequence[Any]) -> None:
@@ -127,65 +135,65 @@ class Recorder(TorchDispatchMode):
             self._appears(found)
             return
         kept, keywords = tree_map(self.view, (args, kwargs))
-        constant = not any(isinstance(leaf, View) for leaf in tree_leaves((kept, keywords)))
         starts = {start_of(leaf) for leaf in tree_leaves((args, kwargs)) if is_strided(leaf)}
-        if not constant and (shaped_by_numbers(func, args) or not all(map(is_strided, outputs))):
-            self._give_up(f"what is done next depends on what {func} gives")
-        elif func._schema.is_mutable and isinstance(self.view(outputs[0]), View):
-            self.operations.append((func, kept, keywords))
-        elif func._schema.is_mutable or (constant and torch.Tag.nondeterministic_seeded in func.tags):
-            self._give_up(f"{func} gives other constants each time")
-        elif constant:
-            for output in filter(is_strided, outputs):
+        new = [each for each in outputs if is_strided(each) and start_of(each) not in starts]  # no views of inputs
+        changes = func._schema.is_mutable
+        if not any(isinstance(leaf, View) for leaf in tree_leaves((kept, keywords))):
+            if changes or torch.Tag.nondeterministic_seeded in func.tags:
+                self.why_not = f"{func} gives other constants each time"
+            for output in new:
                 self._appears(output, constant=True)
-        elif not any(start_of(output) in starts for output in outputs):  # they are no views of its inputs
+        elif shaped_by_numbers(func, args) or not all(map(is_strided, outputs)):
+            self.why_not = f"what is done next may depend on what {func} gives"
+        elif changes and not isinstance(self.view(outputs[0]), View):
+            self.why_not = f"{func} changes a constant"
+        elif changes:
+            self.operations.append((func, kept, keywords))
+        elif new:
             self._write_new(func, kept, keywords, outputs)
 
     def _write_new(self, func: OpOverload, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
         """Writes a function down that gives new tensors."""
         for output in outputs:
             self._appears(output)
-        into = [self.view(output) for output in outputs]
-        if told := told_where(func):
-            function, names = told
-            self.operations.append((function, args, {**kwargs, **dict(zip(names, into, strict=True))}))
-            return
-        self._copied += sum(output.nbytes for output in outputs)
-        self.operations.append((call_and_copy, (func, into, args, kwargs), {}))
+        into, names = [self.view(output) for output in outputs], names_of_outputs(func)
+        if func in COPIES:
+            self.operations.append((Tensor.copy_, (into[0], args[0]), {}))
+        elif names and len(names[1]) == len(into):
+            self.operations.append((names[0], args, {**kwargs, **dict(zip(names[1], into, strict=True))}))
+        else:
+            self._copied += sum(output.nbytes for output in outputs)
+            self.operations.append((call_and_copy, (func, into, args, kwargs), {}))
 
     def copies_too_much(self) -> bool:
-        written = sum(memory.size for memory in self.memories)
+        written = sum(span.size for span in self.spans)
         return self._copied > max(FEW_COPIED, SHARE_COPIED * written)
-
-    def _give_up(self, why: str) -> None:
-        self.why_not = why
-        self.operations.clear()
 
     def _appears(self, tensor: Tensor, constant: bool = False) -> None:
         """A tensor's memory is new: what was there before is gone."""
-        start, size, now = start_of(tensor), tensor.untyped_storage().nbytes(), len(self.operations)
-        low, high = bisect_left(self._starts, start), bisect_left(self._starts, start + size)
+        storage, start, now = tensor.untyped_storage(), start_of(tensor), len(self.operations)
+        low, high = bisect_left(self._starts, start), bisect_left(self._starts, start + storage.nbytes())
         for gone in self._starts[low:high]:
             del self._at[gone]
         self._starts[low:high] = [start]
-        self._at[start] = memory = Memory(start, size, now, now, constant)
+        self._at[start] = span = Span(StorageWeakRef(storage), start, storage.nbytes(), now, now, constant)
         if not constant:
-            self.memories.append(memory)
+            self.spans.append(span)
 
-    def _memory(self, address: int) -> Memory | None:
-        """What an address lies in, needed now; None if it was there before, as a weight is."""
+    def _span(self, address: int) -> Span | None:
+        """What an address lies in, needed now; None if nobody was told of it: it is a weight's, or a constant's."""
         place = bisect_right(self._starts, address) - 1
-        memory = self._at[self._starts[place]] if place >= 0 else None
-        if memory is None or address >= memory.start + memory.size:
+        span = self._at[self._starts[place]] if place >= 0 else None
+        if span is None or address >= span.start + span.size or span.storage.expired():
             return None
-        memory.last = max(memory.last, len(self.operations))
-        return memory
+        span.last = max(span.last, len(self.operations))
+        return span
 
     def _pointer(self, address: int) -> Pointer | int:
-        memory = self._memory(address)
-        if memory and memory.constant:
-            self._give_up("a kernel in C takes or changes a constant")
-        return Pointer(memory, address - memory.start) if memory else address
+        span = self._span(address)
+        if span and span.constant:
+            self.why_not = "a kernel in C takes or changes a constant"
+        return Pointer(span, address - span.start) if span else address
 
 
 def is_strided(value: Any) -> bool:
@@ -211,7 +219,7 @@ def shaped_by_numbers(func: OpOverload, args: tuple) -> bool:
 
 
 @cache
-def told_where(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
+def names_of_outputs(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
     """The same function for which its caller says where its output goes, and the names of these arguments."""
 
     def inputs(of: OpOverload) -> list[tuple[str, str]]:
@@ -220,9 +228,8 @@ def told_where(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
     for name in func._overloadpacket.overloads():
         other = getattr(func._overloadpacket, name)
         names = [each.name for each in other._schema.arguments if each.is_out]
-        if torch.Tag.generated in other.tags:  # it calls the function and copies what that gives
-            continue
-        if len(names) == len(func._schema.returns) and inputs(other) == inputs(func):
+        # One that torch has generated calls the function and copies what that gives.
+        if names and inputs(other) == inputs(func) and torch.Tag.generated not in other.tags:
             return other, names
     return None
 
@@ -232,23 +239,23 @@ def call_and_copy(func: Callable[..., Any], into: Sequence[Tensor], args: Sequen
         place.copy_(output)
 
 
-def plan(memories: Iterable[Memory]) -> int:
-    """Gives each memory the first place where none that is needed at the same time lies; returns the bytes in all."""
-    there: list[Memory] = []  # in order of their places
+def plan(spans: Iterable[Span]) -> int:
+    """Gives each span the first place where none that is needed at the same time lies; returns the bytes in all."""
+    there: list[Span] = []  # in order of their places
     total = 0
-    for memory in memories:  # in the order in which they are needed
-        there = [other for other in there if other.last >= memory.first]
+    for span in spans:  # in the order in which they are needed
+        there = [other for other in there if other.last >= span.first]
         for other in there:
-            if other.place - memory.place >= memory.size:
+            if other.place - span.place >= span.size:
                 break
-            memory.place = other.place + whole(other.size)
-        insort(there, memory, key=lambda each: each.place)
-        total = max(total, memory.place + whole(memory.size))
+            span.place = other.place + whole(other.size)
+        insort(there, span, key=lambda each: each.place)
+        total = max(total, span.place + whole(span.size))
     return total
 
 
 def whole(size: int) -> int:
-    """The bytes that a memory takes."""
+    """The bytes that a span takes."""
     return -(-size // ALIGNED) * ALIGNED
 
 
@@ -258,14 +265,15 @@ class Recording(Generic[Output]):
     def __init__(self, recorder: Recorder, inputs: Sequence[View], output: Any, workspace: "Workspace") -> None:
         """``output``: views, or constants."""
         self._written = recorder.operations, inputs, output
-        self._workspace, self._size = workspace, plan(recorder.memories)
+        self._workspace, self.size = workspace, plan(recorder.spans)  # bytes
         self._bound: Any = None
 
     def __call__(self, *inputs: Tensor) -> Output:
         """The function of other tensors of these shapes; the output is the caller's own."""
         if not self._bound:
-            memory = self._workspace.room_for(self, self._size)
-            self._bound = tree_map_only((Pointer, View), lambda each: each.within(memory), self._written)
+            with torch.inference_mode(False):  # else it could be replayed in that mode alone
+                memory = self._workspace.room_for(self)
+                self._bound = tree_map_only((Pointer, View), lambda each: each.within(memory), self._written)
         operations, mine, output = self._bound
         for one, theirs in zip(mine, inputs, strict=True):
             one.copy_(theirs)
@@ -283,35 +291,51 @@ class Workspace:
     """The memory that recordings share, one of which runs at a time: they keep all cores busy anyway."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self._memory, self._recordings = torch.empty(0, dtype=torch.uint8), WeakSet[Recording]()
 
-    def room_for(self, recording: Recording, size: int) -> Tensor:
-        """So many bytes."""
-        if len(self._memory) < size:
+    def room_for(self, recording: Recording) -> Tensor:
+        """Its bytes, whatever is in them."""
+        if len(self._memory) < recording.size:
             self.renew()
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(recording.size, dtype=torch.uint8)
         self._recordings.add(recording)
         return self._memory
 
     def renew(self) -> None:
         """Gives the memory up; recordings get other when they run again."""
-        for recording in self._recordings:
-            recording.unbind()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        with self.lock:
+            for recording in self._recordings:
+                recording.unbind()
+            self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def capture(self, call: Callable[..., Output], inputs: Sequence[Tensor]) -> tuple[Callable[..., Output], Output]:
-        """A call's recording, or itself where that cannot be replayed or gains nothing; and what it gives now."""
+    def capture(
+        self, call: Callable[..., Output], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[..., Output] | None, Output]:
+        """A call's recording, and what it gives now. There is none where it cannot be replayed or nothing is gained."""
         recorder = Recorder()
         inputs = [tensor.clone() for tensor in inputs]
         views = [recorder.input(tensor) for tensor in inputs]
         with recorder, compiled.written_down_by(recorder.call):
             found = call(*inputs)
         if recorder.why_not or recorder.copies_too_much():
-            return call, found
+            return None, found
         recording: Recording[Output] = Recording(recorder, views, tree_map(recorder.output, found), self)
+        if recording.size > MOST_BYTES or not self._is_right(recording, inputs, found):
+            return None, found
         cpu.give_back_memory()  # what the layers took is not needed for them again
         return recording, found
 
-
-WORKSPACE = Workspace()  # this process's
+    def _is_right(self, recording: Recording, inputs: Sequence[Tensor], wanted: Any) -> bool:
+        """Whether a first replay gives the same bits, in memory full of what is no number."""
+        self.room_for(recording).fill_(255)
+        try:
+            found = recording(*inputs)
+        except (RuntimeError, TypeError) as error:
+            log.warning("An evaluation is not replayed: %s", error)
+            return False
+        pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+        right = all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs)
+        if not right:
+            log.warning("An evaluation is not replayed: it would differ from the one that was written down.")
+        return right
