@@ -5,6 +5,7 @@ import math
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -189,6 +190,22 @@ def test_what_needs_much_memory_is_not_replayed(monkeypatch):
     for size in (10, 10_000):
         kept(lambda x: x.exp() * 2, torch.ones(size))
     assert [type(graph) for graph in kept.kept.values()] == [Recording, type(None)]
+
+
+def test_what_is_made_of_weights_alone_is_not_kept_where_it_is_large(monkeypatch):
+    """As weights in half precision are, widened at each call."""
+    monkeypatch.setattr(recordings, "MOST_CONSTANT", 1000)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.float()
+
+    for size, kind in ((10, Recording), (30, type(None))):
+        kept: Graphs[Tensor] = Graphs(Workspace())
+        weight = torch.randn(size, size).half()
+        for _ in range(2):
+            x = torch.randn(2, size)
+            assert torch.equal(kept(partial(call, weight=weight), x), call(x, weight))
+        assert of(kept) == {kind}
 
 
 def test_numbers_of_another_kind_are_another_evaluation():

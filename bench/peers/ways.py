@@ -11,7 +11,7 @@ from PIL import Image
 from fulgurite import Pipeline
 from fulgurite.benchmark import draw_in_parts
 from fulgurite.kernels import compiled, cpu
-from fulgurite.pipeline import usual_dtype
+from fulgurite.pipeline import kept_dtype, usual_dtype
 from peers.works import Work
 
 
@@ -27,7 +27,8 @@ class Ours:
         cpu.keep_memory()  # as `fulgurite serve` does, and
         compiled.keep_apart()
         dtype = usual_dtype("cpu")
-        self._pipeline = Pipeline(work.card, work.networks(dtype), "cpu", dtype)
+        kept = dtype if eight_bits else kept_dtype(work.card, "cpu", dtype)
+        self._pipeline = Pipeline(work.card, work.networks(kept), "cpu", dtype)
         self._pipeline.accelerate(eight_bits)
         cpu.give_back_memory()
         self._request = replace(work.request, **changes)

@@ -18,6 +18,7 @@ from fulgurite.kernels.graphs import GRAPHED, GraphedEncoder, GraphedUNet, Graph
 from fulgurite.kernels.nvidia import why_not_triton
 from fulgurite.kernels.recordings import Workspace
 from fulgurite.models import AttentionGuidance
+from fulgurite.models.unet import weights_in
 from fulgurite.request import Decoder, OnStep, Picture, Plan, Preview, Request, notes, plan
 from fulgurite.sampling import (
     TRAIN_STEPS,
@@ -31,6 +32,7 @@ from fulgurite.sampling import (
 )
 from fulgurite.weights import Networks, load_networks
 
+MANY = 1 << 30  # weights of a UNet, above which a CPU keeps them in half precision
 PREVIEW_SIDE = 128  # pixels, of a preview's longer side
 Encoded = tuple[Tensor, Tensor]  # a prompt's states [S, D] and its pooled state [P]
 
@@ -85,15 +87,19 @@ class Pipeline:
     ) -> "Pipeline":
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``: it has that alone.
 
-        Without a ``dtype`` it is the device's usual one. With ``eight_bits`` large layers are, which is less exact: on
-        a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. ``triton``: on
-        a GPU, whether by the Triton kernels; None is wherever they can run. ``graphs``: the memory of networks' graphs;
-        without it a CPU has its own, and a GPU draws without. The text encoders and the VAE of ``like``,
+        Without a ``dtype`` it is the device's usual one, and a CPU that computes in float32 keeps the weights of large
+        models in half precision, in which they are published. With ``eight_bits`` large layers are, which is less
+        exact: on a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. ``triton``:
+        on a GPU, whether by the Triton kernels; None is wherever they can run. ``graphs``: the memory of networks'
+        graphs; without it a CPU has its own, and a GPU draws without. The text encoders and the VAE of ``like``,
         another checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
         """
-        of_model, dtype = card(model), dtype or usual_dtype(device, eight_bits)
+        of_model, kept = card(model), dtype
+        dtype = dtype or usual_dtype(device, eight_bits)
+        if not kept:
+            kept = dtype if eight_bits else kept_dtype(of_model, device, dtype)
         steps = of_model.steps_for(steps)
-        networks = load_networks(of_model, steps, device, dtype, like)
+        networks = load_networks(of_model, steps, device, kept, like)
         if of_model.schedules:
             of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)
@@ -116,11 +122,12 @@ class Pipeline:
                 cuda.accelerate(networks.unet)
                 cuda.accelerate(networks.vae)
         elif self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and cpu.has_bfloat16()):
-            new_vae = not isinstance(networks.vae, GRAPHED)
             if eight_bits:
                 int8.accelerate(networks.unet)
-            if eight_bits and new_vae:
-                int8.accelerate(networks.vae.decoder)
+            if not isinstance(networks.vae, GRAPHED):
+                networks.vae.encoder = None  # type: ignore[assignment]  # which drawing does not need
+                if eight_bits:
+                    int8.accelerate(networks.vae.decoder)
             for network in (networks.unet, networks.vae, networks.fast_decoder, *networks.text_encoders):
                 if network:
                     cpu.accelerate(network)
@@ -320,6 +327,12 @@ def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:
     if device.startswith("cuda"):
         return torch.bfloat16 if eight_bits else torch.float16  # of 8 bits not all GPUs give float16
     return torch.bfloat16 if cpu.has_bfloat16() else torch.float32
+
+
+def kept_dtype(card: Card, device: str, dtype: torch.dtype) -> torch.dtype:
+    """What a model's weights are kept in, to be computed with in ``dtype``."""
+    halves = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return cpu.HALF if halves and weights_in(card.unet) > MANY else dtype
 
 
 def zeros_like(encoded: Encoded) -> Encoded:

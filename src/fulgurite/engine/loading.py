@@ -5,7 +5,6 @@ import os
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import nn
@@ -16,7 +15,8 @@ from fulgurite.kernels import cpu
 from fulgurite.kernels.graphs import GRAPHED, Memory, Pool
 from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
 from fulgurite.kernels.recordings import Workspace
-from fulgurite.models import UNet, UNetConfig
+from fulgurite.models import UNetConfig
+from fulgurite.models.unet import weights_in
 from fulgurite.pipeline import Pipeline, usual_dtype
 from fulgurite.settings import Settings
 
@@ -152,7 +152,7 @@ class Loader:
                 model,
                 steps=steps,
                 device=self.device,
-                dtype=self.dtype,
+                dtype=None if self._asked == "auto" else self.dtype,
                 eight_bits=self._eight_bits,
                 triton=self._triton_kernels,
                 graphs=self._graphs,
@@ -209,11 +209,9 @@ def held_bytes(network: nn.Module) -> int:
     return sum({id(value): value.nbytes for value in values if isinstance(value, torch.Tensor)}.values())
 
 
-@cache
 def published_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
     """Of a UNet as its files have it, before any kernel packs or rounds it."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in UNet(config).parameters()) * dtype.itemsize
+    return weights_in(config) * dtype.itemsize
 
 
 def half_the_memory(device: str) -> int:

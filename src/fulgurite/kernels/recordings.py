@@ -36,6 +36,7 @@ ALIGNED = 64  # bytes, as torch's own memory is
 # Bytes that a replay may copy: what a function gives that cannot be told where to put it. With more, and more than this
 # share of what an evaluation writes, nothing is gained: it is large layers of oneDNN's.
 FEW_COPIED, SHARE_COPIED = 1 << 20, 1 / 16
+MOST_CONSTANT = 1 << 24  # bytes that depend on no input, which a recording keeps
 MOST_BYTES = 1 << 29  # of a recording: what needs more hardly feels Python, and is in no cache
 
 
@@ -84,7 +85,7 @@ class Recorder(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.spans: list[Span] = []
         self.why_not = ""  # it cannot be replayed: nothing is written down any more
-        self._copied = 0  # bytes
+        self._copied = self._constant = 0  # bytes
         self._at: dict[int, Span] = {}  # what is where now, by its start
         self._starts: list[int] = []  # its keys in order
 
@@ -140,13 +141,16 @@ class Recorder(TorchDispatchMode):
         changes = func._schema.is_mutable
         if not any(isinstance(leaf, View) for leaf in tree_leaves((kept, keywords))):
             if changes or torch.Tag.nondeterministic_seeded in func.tags:
-                self.why_not = f"{func} gives other constants each time"
+                self._give_up(f"{func} gives other constants each time")
             for output in new:
                 self._appears(output, constant=True)
+                self._constant += output.nbytes
+            if self._constant > MOST_CONSTANT:
+                self._give_up("it would keep much that it is quicker to compute anew")
         elif shaped_by_numbers(func, args) or not all(map(is_strided, outputs)):
-            self.why_not = f"what is done next may depend on what {func} gives"
+            self._give_up(f"what is done next may depend on what {func} gives")
         elif changes and not isinstance(self.view(outputs[0]), View):
-            self.why_not = f"{func} changes a constant"
+            self._give_up(f"{func} changes a constant")
         elif changes:
             self.operations.append((func, kept, keywords))
         elif new:
@@ -168,6 +172,10 @@ class Recorder(TorchDispatchMode):
     def copies_too_much(self) -> bool:
         written = sum(span.size for span in self.spans)
         return self._copied > max(FEW_COPIED, SHARE_COPIED * written)
+
+    def _give_up(self, why_not: str) -> None:
+        self.why_not = why_not
+        self.operations.clear()  # and what they keep
 
     def _appears(self, tensor: Tensor, constant: bool = False) -> None:
         """A tensor's memory is new: what was there before is gone."""
@@ -192,7 +200,7 @@ class Recorder(TorchDispatchMode):
     def _pointer(self, address: int) -> Pointer | int:
         span = self._span(address)
         if span and span.constant:
-            self.why_not = "a kernel in C takes or changes a constant"
+            self._give_up("a kernel in C takes or changes a constant")
         return Pointer(span, address - span.start) if span else address
 
 

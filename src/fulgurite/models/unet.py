@@ -6,6 +6,7 @@ are. Everything that a row of the batch needs is an argument: rows may differ in
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -325,3 +326,10 @@ class UNet(nn.Module):
             x, more = block(x, embedding, context, guidance)
             skips += more
         return self.mid_block(x, embedding, context, guidance), skips, embedding
+
+
+@cache
+def weights_in(config: UNetConfig) -> int:
+    """How many numbers a UNet of these sizes has."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in UNet(config).parameters())
