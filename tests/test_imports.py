@@ -71,7 +71,7 @@ def test_the_oracles_are_never_imported(path):
 
 
 def test_the_networks_know_torch_and_nobody_else():
-    standard = {"collections", "dataclasses", "json", "math", "pathlib", "re", "typing", "unicodedata"}
+    standard = {"collections", "dataclasses", "functools", "json", "math", "pathlib", "re", "typing", "unicodedata"}
     allowed = standard | {"tokenizers", "torch"}
     for path in (PACKAGE / "models").glob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= allowed | {"fulgurite"}, path

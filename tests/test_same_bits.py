@@ -194,8 +194,7 @@ def two_threads() -> Iterator[None]:
 def test_the_embedded_models_latents_are_the_same_to_the_bit_whoever_shares_the_batch(
     model: str, dtype: torch.dtype
 ) -> None:
-    loader = Loader("cpu")
-    loader.dtype = dtype
+    loader = Loader("cpu", precision=str(dtype).removeprefix("torch."))
 
     def undecoded(model: str, steps: int) -> Pipeline:
         pipeline = loader(model, steps)

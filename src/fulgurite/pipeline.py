@@ -88,18 +88,19 @@ class Pipeline:
         """Loads a model by its id, with the checkpoint for the largest schedule within ``steps``: it has that alone.
 
         Without a ``dtype`` it is the device's usual one, and a CPU that computes in float32 keeps the weights of large
-        models in half precision, in which they are published. With ``eight_bits`` large layers are, which is less
-        exact: on a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone. ``triton``:
-        on a GPU, whether by the Triton kernels; None is wherever they can run. ``graphs``: the memory of networks'
-        graphs; without it a CPU has its own, and a GPU draws without. The text encoders and the VAE of ``like``,
-        another checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or WeightsError.
+        models in half precision, to which those published in more are rounded. With ``eight_bits`` large layers are,
+        which is less exact: on a CPU integers, in the UNet and the decoder, on a GPU floating point, in the UNet alone.
+        ``triton``: on a GPU, whether by the Triton kernels; None is wherever they can run. ``graphs``: the memory of
+        networks' graphs; without it a CPU has its own, and a GPU draws without. The text encoders and the VAE of
+        ``like``, another checkpoint of the same model, are used again. Raises UnknownModelError, NotPulledError or
+        WeightsError.
         """
         of_model, kept = card(model), dtype
         dtype = dtype or usual_dtype(device, eight_bits)
         if not kept:
             kept = dtype if eight_bits else kept_dtype(of_model, device, dtype)
         steps = of_model.steps_for(steps)
-        networks = load_networks(of_model, steps, device, kept, like)
+        networks = load_networks(of_model, steps, device, dtype, like, kept)
         if of_model.schedules:
             of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)
@@ -330,8 +331,8 @@ def usual_dtype(device: str, eight_bits: bool = False) -> torch.dtype:
 
 
 def kept_dtype(card: Card, device: str, dtype: torch.dtype) -> torch.dtype:
-    """What a model's weights are kept in, to be computed with in ``dtype``."""
-    halves = device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """What a model's UNet and text encoders are kept in, to be computed with in ``dtype``."""
+    halves = torch.device(device).type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return cpu.HALF if halves and weights_in(card.unet) > MANY else dtype
 
 

@@ -17,7 +17,7 @@ from fulgurite.kernels.nvidia import is_nvidia, why_not_triton
 from fulgurite.kernels.recordings import Workspace
 from fulgurite.models import UNetConfig
 from fulgurite.models.unet import weights_in
-from fulgurite.pipeline import Pipeline, usual_dtype
+from fulgurite.pipeline import Pipeline, kept_dtype, usual_dtype
 from fulgurite.settings import Settings
 
 log = logging.getLogger("fulgurite")
@@ -145,7 +145,8 @@ class Loader:
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
             if like:  # without its UNet: held here it would make no room
                 like = replace(like, unet=None)  # type: ignore[arg-type]
-            room = self._came_to.get(model) or published_bytes(of_model.unet, self.dtype)
+            kept = kept_dtype(of_model, self.device, self.dtype) if self._asked == "auto" else self.dtype
+            room = self._came_to.get(model) or published_bytes(of_model.unet, kept)
             while self._loaded and self._bytes() + room > self._most_bytes:
                 self._loaded.popitem(last=False)
             pipeline = Pipeline.load(

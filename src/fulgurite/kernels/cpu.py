@@ -90,7 +90,7 @@ class HalfLinear(PackedLinear):
     """One in float32 whose weight is kept in half precision: half the memory, for a few hundredths of the time."""
 
     def keep(self, weight: Tensor) -> Tensor:
-        return weight
+        return weight.clone()  # not the file's own pages
 
     def weight(self) -> Tensor:
         return self.kept.float()
@@ -184,7 +184,7 @@ class HalfConv2d(nn.Module):
 
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
-        self.kept, self.bias = plain.weight.detach().contiguous(memory_format=torch.channels_last), plain.bias
+        self.kept, self.bias = plain.weight.detach().clone(memory_format=torch.channels_last), plain.bias
         self.where = plain.stride, plain.padding, plain.dilation, plain.groups
 
     def forward(self, x: Tensor) -> Tensor:

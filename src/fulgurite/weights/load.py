@@ -37,14 +37,22 @@ def full_text_name(name: str) -> str:
     return name if name.startswith("text_") else f"text_model.{name}"
 
 
-def load_networks(card: Card, steps: int, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
+def load_networks(
+    card: Card,
+    steps: int,
+    device: str,
+    dtype: torch.dtype,
+    like: Networks | None = None,
+    kept: torch.dtype | None = None,
+) -> Networks:
     """A card's networks, with the UNet for a schedule of ``steps`` where the model has one for each.
 
     All but the UNet are taken from ``like``, the same model's networks for another schedule, where there are; and
     what a LoRA is merged into, so that the next LoRA costs its own small file and no reading of the large one.
+    ``kept``: what the UNet and the text encoders are in, where it is not ``dtype``.
     Raises NotPulledError where the hub's files are not on this machine, and WeightsError where they do not fit.
     """
-    return load_files(locate(card, steps), card, device, dtype, like)
+    return load_files(locate(card, steps), card, device, dtype, like, kept)
 
 
 def load_folder(folder: Path, card: Card, device: str, dtype: torch.dtype) -> Networks:
@@ -81,15 +89,22 @@ def locate(card: Card, steps: int) -> Files:
     )
 
 
-def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: Networks | None = None) -> Networks:
+def load_files(
+    files: Files,
+    card: Card,
+    device: str,
+    dtype: torch.dtype,
+    like: Networks | None = None,
+    kept: torch.dtype | None = None,
+) -> Networks:
     """Networks from their files, each in diffusers' or the original layout. Raises WeightsError."""
-    base = None
+    base, kept = None, kept or dtype
     if files.loras:
         base = like.base if like and like.base and like.base.file == files.unet else None
         base = base or Base(files.unet, {name: t.to(device) for name, t in unet_tensors(files.unet, card).items()})
-        unet = filled_unet(with_loras(base.tensors, files.loras, card, device, dtype), card, device, dtype)
+        unet = filled_unet(with_loras(base.tensors, files.loras, card, device, kept), card, device, kept)
     else:
-        unet = load_unet(files.unet, card, device, dtype)
+        unet = load_unet(files.unet, card, device, kept)
     prediction = "x0" if files.predicts_x0 else card.prediction
     if like:
         return replace(like, unet=unet, prediction=prediction, base=base)
@@ -97,8 +112,8 @@ def load_files(files: Files, card: Card, device: str, dtype: torch.dtype, like: 
     return Networks(
         tokenizers=(load_tokenizer(files.tokenizers[0], first), load_tokenizer(files.tokenizers[1], second)),
         text_encoders=(
-            load_text_encoder(files.text_encoders[0], first, device, dtype, second=False),
-            load_text_encoder(files.text_encoders[1], second, device, dtype, second=True),
+            load_text_encoder(files.text_encoders[0], first, device, kept, second=False),
+            load_text_encoder(files.text_encoders[1], second, device, kept, second=True),
         ),
         unet=unet,
         vae=load_vae(files.vae, card, device, dtype),
