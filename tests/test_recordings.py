@@ -186,6 +186,15 @@ def test_a_recording_that_would_draw_something_else_is_not_kept(monkeypatch, cap
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+@pytest.mark.parametrize("read", [lambda x: x.tolist()[0], lambda x: float(x.numpy()[0])])
+def test_numbers_that_python_reads_unseen_are_noticed_by_the_second_call(read):
+    kept: Graphs[Tensor] = Graphs(Workspace())
+    for first in (1.0, 2.0, 3.0):
+        x = torch.full((2,), first)
+        assert torch.equal(kept(lambda x: x * read(x) + 1, x), x * first + 1)
+    assert of(kept) == {type(None)}
+
+
 def test_what_needs_much_memory_is_not_replayed(monkeypatch):
     monkeypatch.setattr(recordings, "MOST_BYTES", 4096)
     kept: Graphs[Tensor] = Graphs(Workspace())

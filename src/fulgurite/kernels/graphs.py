@@ -39,6 +39,12 @@ class Memory(Protocol):
         """A call's graph, where there can be one, and what it gives for these inputs."""
         ...
 
+    def replay(
+        self, graph: Any, call: Callable[..., Output], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[..., Output] | None, Output]:
+        """The call's graph, if it is to be kept, and what it gives for other inputs."""
+        ...
+
     def renew(self) -> None:
         """Takes other memory from now on."""
         ...
@@ -88,6 +94,11 @@ class Pool:
             raise
         return graph, graph(*inputs)
 
+    def replay(
+        self, graph: Graph[Output], call: Callable[..., Output], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[..., Output], Output]:
+        return graph, graph(*inputs)
+
 
 class Graphs(Generic[Output]):
     """A network's graphs, each captured when what it is of first comes; the least recently used goes."""
@@ -108,7 +119,8 @@ class Graphs(Generic[Output]):
                 return found
             self.kept.move_to_end(key)
             if graph := self.kept[key]:
-                return graph(*inputs)
+                self.kept[key], found = self._memory.replay(graph, call, inputs)
+                return found
         return call(*inputs)
 
 

@@ -275,6 +275,7 @@ class Recording(Generic[Output]):
         self._written = recorder.operations, inputs, output
         self._workspace, self.size = workspace, plan(recorder.spans)  # bytes
         self._bound: Any = None
+        self.tried = False
 
     def __call__(self, *inputs: Tensor) -> Output:
         """The function of other tensors of these shapes; the output is the caller's own."""
@@ -330,13 +331,22 @@ class Workspace:
         if recorder.why_not or recorder.copies_too_much():
             return None, found
         recording: Recording[Output] = Recording(recorder, views, tree_map(recorder.output, found), self)
-        if recording.size > MOST_BYTES or not self._is_right(recording, inputs, found):
+        if recording.size > MOST_BYTES:
             return None, found
         cpu.give_back_memory()  # what the layers took is not needed for them again
         return recording, found
 
-    def _is_right(self, recording: Recording, inputs: Sequence[Tensor], wanted: Any) -> bool:
-        """Whether a first replay gives the same bits, in memory full of what is no number."""
+    def replay(
+        self, graph: Recording[Output], call: Callable[..., Output], inputs: Sequence[Tensor]
+    ) -> tuple[Callable[..., Output] | None, Output]:
+        """The first time beside the call itself: the recording is kept if it gives the same bits."""
+        if graph.tried:
+            return graph, graph(*inputs)
+        found, graph.tried = call(*inputs), True
+        return graph if self._gives(graph, inputs, found) else None, found
+
+    def _gives(self, recording: Recording, inputs: Sequence[Tensor], wanted: Any) -> bool:
+        """Whether a replay gives this, in memory full of what is no number."""
         self.room_for(recording)[: recording.size].fill_(255)
         try:
             found = recording(*inputs)
