@@ -27,8 +27,7 @@ class Ours:
         cpu.keep_memory()  # as `fulgurite serve` does, and
         compiled.keep_apart()
         dtype = usual_dtype("cpu")
-        kept = dtype if eight_bits else kept_dtype(work.card, "cpu", dtype)
-        self._pipeline = Pipeline(work.card, work.networks(kept), "cpu", dtype)
+        self._pipeline = Pipeline(work.card, work.networks(kept_dtype(work.card, "cpu", dtype)), "cpu", dtype)
         self._pipeline.accelerate(eight_bits)
         cpu.give_back_memory()
         self._request = replace(work.request, **changes)

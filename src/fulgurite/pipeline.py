@@ -97,10 +97,8 @@ class Pipeline:
         """
         of_model, kept = card(model), dtype
         dtype = dtype or usual_dtype(device, eight_bits)
-        if not kept:
-            kept = dtype if eight_bits else kept_dtype(of_model, device, dtype)
         steps = of_model.steps_for(steps)
-        networks = load_networks(of_model, steps, device, dtype, like, kept)
+        networks = load_networks(of_model, steps, device, dtype, like, kept or kept_dtype(of_model, device, dtype))
         if of_model.schedules:
             of_model = replace(of_model, schedules=(steps,))
         pipeline = cls(of_model, networks, device, dtype)

@@ -145,7 +145,8 @@ class Loader:
             like = max(alike, key=lambda networks: networks.base is not None, default=None)
             if like:  # without its UNet: held here it would make no room
                 like = replace(like, unet=None)  # type: ignore[arg-type]
-            kept = kept_dtype(of_model, self.device, self.dtype) if self._asked == "auto" else self.dtype
+            dtype = None if self._asked == "auto" else self.dtype
+            kept = dtype or kept_dtype(of_model, self.device, self.dtype)
             room = self._came_to.get(model) or published_bytes(of_model.unet, kept)
             while self._loaded and self._bytes() + room > self._most_bytes:
                 self._loaded.popitem(last=False)
@@ -153,7 +154,7 @@ class Loader:
                 model,
                 steps=steps,
                 device=self.device,
-                dtype=None if self._asked == "auto" else self.dtype,
+                dtype=dtype,
                 eight_bits=self._eight_bits,
                 triton=self._triton_kernels,
                 graphs=self._graphs,

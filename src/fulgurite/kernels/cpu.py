@@ -326,9 +326,13 @@ class CompiledLayerNorm(nn.Module):
 
 def accelerate(network: nn.Module) -> None:
     """Puts these layers in place of the network's own, in place, one by one, so that the memory is not needed twice."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    widen_small(network)
+    if torch.backends.mkldnn.is_available():
+        widen_small(network)
+        replace_layers(network)
+
+
+def replace_layers(network: nn.Module) -> None:
+    """Puts them there, in a network none of whose small layers is in half precision."""
     for name, layer in network.named_children():
         match layer:
             case VectorLinear() if not compiled.fits_tiles(layer.weight):
@@ -362,7 +366,7 @@ def accelerate(network: nn.Module) -> None:
             case nn.GroupNorm():
                 layer.__class__ = QuickGroupNorm
             case _:
-                accelerate(layer)
+                replace_layers(layer)
 
 
 def widen_small(network: nn.Module) -> None:

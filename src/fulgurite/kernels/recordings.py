@@ -166,11 +166,11 @@ class Recorder(TorchDispatchMode):
         """Writes a function down that gives new tensors."""
         for output in outputs:
             self._appears(output)
-        into, names = [self.view(output) for output in outputs], names_of_outputs(func)
+        into, named = [self.view(output) for output in outputs], with_outputs_named(func)
         if func in COPIES:
             self.operations.append((Tensor.copy_, (into[0], args[0]), {}))
-        elif names and len(names[1]) == len(into):
-            self.operations.append((names[0], args, {**kwargs, **dict(zip(names[1], into, strict=True))}))
+        elif named and len(named[1]) == len(into):
+            self.operations.append((named[0], args, {**kwargs, **dict(zip(named[1], into, strict=True))}))
         else:
             self._copied += sum(output.nbytes for output in outputs)
             self.operations.append((call_and_copy, (func, into, args, kwargs), {}))
@@ -247,7 +247,7 @@ def shaped_by_numbers(func: OpOverload, args: tuple) -> bool:
 
 
 @cache
-def names_of_outputs(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
+def with_outputs_named(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
     """The same function for which its caller says where its output goes, and the names of these arguments."""
 
     def inputs(of: OpOverload) -> list[tuple[str, str]]:
